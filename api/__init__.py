@@ -1,0 +1,1 @@
+"""Headrace: fine-tune models as large as your disk."""

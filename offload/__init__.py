@@ -1,0 +1,1 @@
+"""The streaming engine: tiers, chunks, lanes, the streamed layer."""

@@ -1,0 +1,1 @@
+"""Memory-efficient optimizers: bricks, recipes, and the torch.optim face."""

@@ -1,0 +1,1 @@
+"""Codecs: encode and decode tensors in few bits."""
