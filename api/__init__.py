@@ -1,1 +1,55 @@
-"""Headrace: fine-tune models as large as your disk."""
+"""Headrace: fine-tune models as large as your disk on one consumer GPU.
+
+Importing this package imports no torch and touches no device; each public name is fetched from
+its module on first use.  A module never bears the name of a public function (``load`` lives in
+``loading``, ``tune`` in ``tuning``): importing a submodule binds its name on the package, and
+would replace the function of the same name by the module.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .budgets import default_budgets, parse_bytes
+    from .errors import DataError, InputError
+    from .reporting import Report, report
+    from .tuning import TuneOptions, TuneResult, tune
+
+_HOMES = MappingProxyType(
+    {
+        "DataError": "errors",
+        "InputError": "errors",
+        "Report": "reporting",
+        "TuneOptions": "tuning",
+        "TuneResult": "tuning",
+        "default_budgets": "budgets",
+        "parse_bytes": "budgets",
+        "report": "reporting",
+        "tune": "tuning",
+    }
+)
+
+__all__ = [
+    "DataError",
+    "InputError",
+    "Report",
+    "TuneOptions",
+    "TuneResult",
+    "default_budgets",
+    "parse_bytes",
+    "report",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
