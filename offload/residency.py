@@ -13,7 +13,8 @@ class Residency(Enum):
     - ``DISK``: only the file holds them. Costs no memory.
     - ``READING``: disk to host copy in flight. Costs one host slab.
     - ``HOST``: a host slab holds them. Costs one host slab.
-    - ``UPLOADING``: host to device copy in flight. Costs a host slab and a device slot.
+    - ``UPLOADING``: host to device copy in flight, perhaps queued behind the read that feeds it.
+      Costs a host slab and a device slot.
     - ``DEVICE``: a device slot holds them. Costs one device slot.
     - ``BOTH``: slab and slot hold the same bytes. Costs both.
     - ``UPDATING``: the host update is producing new bytes in a host slab; the old ones are void.
@@ -34,6 +35,7 @@ LEGAL_MOVES: frozenset[tuple[Residency, Residency]] = frozenset(
         (_R.DISK, _R.READING),
         (_R.READING, _R.HOST),
         (_R.READING, _R.DISK),  # the read failed
+        (_R.READING, _R.UPLOADING),  # the upload is queued behind the read
         (_R.HOST, _R.UPLOADING),
         (_R.UPLOADING, _R.BOTH),
         (_R.UPLOADING, _R.HOST),  # the upload failed
@@ -44,6 +46,7 @@ LEGAL_MOVES: frozenset[tuple[Residency, Residency]] = frozenset(
         # the update of a chunk voids every other copy of its weights
         (_R.DISK, _R.UPDATING),
         (_R.HOST, _R.UPDATING),
+        (_R.READING, _R.UPDATING),  # the update is queued behind the read
         (_R.BOTH, _R.UPDATING),
         (_R.DEVICE, _R.UPDATING),
         (_R.UPDATING, _R.HOST),  # the slab holds the new bytes

@@ -1,0 +1,422 @@
+"""The host update: gradients in, new weights and optimizer states out, tile by tile.
+
+One thread (the update lane) takes chunks in order.  For each it streams the optimizer states
+through a small ring of slabs (read, compute, write overlap), updates the weights in place in
+their host slab, and writes them back.  The states of a large chunk are never in host memory at
+once; those of chunks that fit the budget stay there and are read once.
+
+Guarantees: a step is applied whole or not at all (bad gradients, found before or after some
+chunks were updated, roll the store back); no update of step s+1 touches what the commit of step
+s names; clipping multiplies gradients in their own dtype, as ``clip_grad_norm_`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .chunk import ChunkLayout, Tile
+from .device_memory import slab_tensor
+from .engine import Chunk, Engine
+from .errors import HeadraceError
+from .gradient import Gradients, HostGradient
+from .pool import Slab
+from .protocols import UpdateRule
+from .store import Store
+from .timeline import LaneName
+from .transfer import FutureTransfer, Transfer
+
+RING_SLABS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SlotUpdate:
+    """What one parameter's update needs besides tensors."""
+
+    rule: UpdateRule
+    hyper: Mapping[str, Any]
+    step: int
+    seed: int
+
+
+@final
+class StateTiles:
+    """Moves the optimizer states of a chunk through host memory, one tile at a time.
+
+    Lives on the update lane.  ``resident`` chunks keep a slab for every tile.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        tiles: Mapping[str, tuple[Tile, ...]],
+        ring: list[Slab],
+        resident: Mapping[str, list[Slab]],
+        *,
+        write_through: bool,
+    ) -> None:
+        self._store = store
+        self._tiles = tiles
+        self._ring = ring
+        self._resident = resident
+        self._write_through = write_through
+        self._loaded: set[str] = set()
+        self._writes: dict[str, Transfer] = {}
+        self._slab_writes: list[Transfer | None] = [None] * len(ring)
+
+    def run(self, name: str, visit: Callable[[Tile, Tensor, bool], None]) -> None:
+        """Call ``visit(tile, buffer, fresh)`` for each tile in order; writes go on afterwards."""
+        tiles = self._tiles[name]
+        resident = self._resident.get(name)
+        depth = len(tiles) if resident is not None else len(self._ring) - 1
+        reads: dict[int, tuple[Slab, Transfer | None]] = {}
+        begun = 0
+
+        def begin(i: int) -> None:
+            tile = tiles[i]
+            if resident is not None:
+                slab = resident[i]
+                needed = tile.region not in self._loaded
+            else:
+                slab = self._ring[i % len(self._ring)]
+                earlier = self._slab_writes[i % len(self._ring)]
+                if earlier is not None:
+                    earlier.wait()
+                needed = True
+            earlier = self._writes.get(tile.region)
+            if earlier is not None:
+                earlier.wait()  # a read must not overtake the write of the same region
+            read = None
+            if needed and self._store.written(tile.region):
+                read = self._store.read(tile.region, slab.view[: tile.nbytes])
+            reads[i] = (slab, read)
+
+        for i, tile in enumerate(tiles):
+            for ahead in range(begun, min(i + depth, len(tiles))):
+                begin(ahead)
+                begun = ahead + 1
+            slab, read = reads.pop(i)
+            buffer = slab_tensor(slab)[: tile.nbytes]
+            fresh = read is None and not (
+                tile.region in self._loaded or self._store.written(tile.region)
+            )
+            if read is not None:
+                read.wait()
+            if fresh:
+                buffer.zero_()
+            visit(tile, buffer, fresh)
+            del buffer
+            if resident is not None:
+                self._loaded.add(tile.region)
+            if self._write_through or resident is None:
+                write = self._store.write(tile.region, slab.view[: tile.nbytes])
+                self._writes[tile.region] = write
+                if resident is None:
+                    self._slab_writes[i % len(self._ring)] = write
+
+    def settle(self) -> None:
+        """Wait for every write begun so far."""
+        for write in self._writes.values():
+            write.wait()
+        self._writes.clear()
+
+    def write_back(self) -> None:
+        """Write every resident tile to the store (before a snapshot or the end of a run)."""
+        self.settle()
+        for name, slabs in self._resident.items():
+            for tile, slab in zip(self._tiles[name], slabs, strict=True):
+                if tile.region in self._loaded:
+                    self._writes[tile.region] = self._store.write(
+                        tile.region, slab.view[: tile.nbytes]
+                    )
+        self.settle()
+
+    def forget(self) -> None:
+        """Void resident states: the store's bytes were rolled back."""
+        self.settle()
+        self._loaded.clear()
+
+
+@final
+class Updates:
+    """Applies complete gradients to the store, in backward order or during the next forward."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        states: StateTiles,
+        *,
+        layouts: Mapping[str, ChunkLayout],
+        mode: str,
+        slot_update: Callable[[str], tuple[UpdateRule, Mapping[str, Any], int]],
+        parameter_order: tuple[str, ...],
+        write_through: bool,
+    ) -> None:
+        """``slot_update(name)`` gives (rule, hyper-parameters now, seed) of a parameter."""
+        self._engine = engine
+        self._store = store
+        self._states = states
+        self._layouts = layouts
+        self.mode = mode
+        self._slot_update = slot_update
+        self._parameter_order = parameter_order
+        self._write_through = write_through
+        self.gradients: Gradients | None = None
+        self.slot_steps: dict[str, int] = {}
+        self.steps = 0
+        self.skipped_steps = 0
+        self._held: dict[str, HostGradient] = {}
+        self._ready: dict[str, tuple[dict[str, SlotUpdate], Tensor | None]] = {}
+        self._norms: dict[str, Tensor] = {}
+        self._applied: set[str] = set()  # chunks updated in this step already
+        self._running = 0
+        self._commit: Transfer | None = None
+        self._commit_due: Callable[[], Transfer] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-update")
+        self._steps_before: dict[str, int] = {}
+        # Updating while backward runs is only safe where a bad step can be rolled back.
+        self._early = mode == "backward" and store.can_roll_back()
+        engine.start_update = self.start
+        engine.has_update = lambda chunk: chunk.name in self._ready
+
+    # Gradients arrive
+
+    def add(self, gradient: HostGradient) -> None:
+        """Take note of a gradient that is complete for this backward pass."""
+        name = gradient.name
+        if name in self._applied:
+            raise HeadraceError(
+                f"chunk {name!r} got a second gradient in one step, but update='backward' has "
+                f"already applied the first. Put the whole batch through one forward pass "
+                f"(micro_batch= splits it inside), or load with update='forward'."
+            )
+        if not self._early:
+            return  # stays with Gradients: later backward passes of this step add to it
+        gradient.complete_norms()
+        finite = all(bool(torch.isfinite(n)) for n in gradient.norms.values())
+        self._norms.update(gradient.norms)
+        assert self.gradients is not None
+        self._held[name] = self.gradients.take(name)
+        self._applied.add(name)
+        if finite and self._all_finite():
+            self._ready[name] = (self._snapshot(gradient), None)
+            self.start(self._engine.chunks[name], True)
+
+    def _all_finite(self) -> bool:
+        return all(bool(torch.isfinite(n)) for n in self._norms.values())
+
+    def _snapshot(self, gradient: HostGradient) -> dict[str, SlotUpdate]:
+        updates: dict[str, SlotUpdate] = {}
+        for slot in gradient.layout.slots:
+            if slot.name in gradient.touched:
+                rule, hyper, seed = self._slot_update(slot.name)
+                step = self.slot_steps.get(slot.name, 0) + 1
+                self.slot_steps[slot.name] = step
+                updates[slot.name] = SlotUpdate(rule, dict(hyper), step, seed)
+        return updates
+
+    # The end of a step
+
+    def total_norm(self) -> Tensor:
+        """The 2-norm of all gradients of the step, as ``clip_grad_norm_`` computes it."""
+        self._collect_norms()
+        norms = [self._norms[n] for n in self._parameter_order if n in self._norms]
+        if not norms:
+            return torch.zeros(())
+        return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+    def _collect_norms(self) -> None:
+        assert self.gradients is not None
+        for gradient in self.gradients.complete():
+            gradient.complete_norms()
+            self._norms.update(gradient.norms)
+
+    def scale(self, total_norm: Tensor, max_norm: float) -> Tensor:
+        """The factor ``clip_grad_norm_`` would multiply gradients by."""
+        return torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+
+    def finish_step(self, factor: Tensor | None, commit: Callable[[], Transfer] | None) -> bool:
+        """End a step: apply what waits (now or during the next forward); False: it was skipped.
+
+        ``factor`` multiplies every gradient (clipping).  ``commit`` is called once all updates
+        of the step are in the store.
+        """
+        if factor is not None and self._early:
+            raise HeadraceError(
+                "clipping by the global norm needs update='forward': with update='backward' "
+                "chunks are updated before the norm is known. Load with update='forward', or "
+                "set max_grad_norm=None (0 in TrainingArguments)."
+            )
+        if not self._early:
+            self._start_all()  # what no forward pass visited since the last step
+        self._collect_norms()
+        assert self.gradients is not None
+        if not self._all_finite():
+            self._skip()
+            return False
+        if not self._early:
+            for gradient in self.gradients.complete():
+                self._held[gradient.name] = self.gradients.take(gradient.name)
+                self._ready[gradient.name] = (self._snapshot(gradient), factor)
+        self._end_of_step()
+        self.steps += 1
+        self._commit_due = commit
+        self._maybe_commit()
+        if self.mode == "backward":
+            self._start_all()
+        return True
+
+    def _start_all(self) -> None:
+        for name in list(self._ready):
+            self.start(self._engine.chunks[name], True)
+
+    def _end_of_step(self) -> None:
+        self._norms = {}
+        self._applied.clear()
+        self._steps_before = dict(self.slot_steps)
+
+    def _skip(self) -> None:
+        """Drop a step with inf or NaN gradients: nothing of it may remain."""
+        assert self.gradients is not None
+        self._engine.drain()
+        for name in list(self._held):
+            self.gradients.release(self._held.pop(name))
+        self.gradients.abandon()
+        if self._applied and self._early:
+            self._states.settle()
+            self._states.forget()
+            rolled_back = set(self._store.roll_back())
+            for chunk in self._engine.chunks.values():
+                if f"weights/{chunk.name}" in rolled_back:
+                    self._engine.forget(chunk)
+            self.slot_steps = dict(self._steps_before)
+        self._norms = {}
+        self._applied.clear()
+        self.skipped_steps += 1
+
+    # Running updates
+
+    def start(self, chunk: Chunk, must: bool) -> bool:
+        """Queue the update of a chunk that has one ready; False: no room for its weights now."""
+        if chunk.name not in self._ready:
+            return True
+        assert self.gradients is not None
+        gradient = self._held[chunk.name]
+        if not self.gradients.restore(gradient, must=must):
+            return False
+        if not self._engine.take_for_update(chunk, must=must):
+            return False
+        self._await_commit()
+        updates, factor = self._ready.pop(chunk.name)
+        future: Future[Transfer] = self._thread.submit(
+            self._run, chunk, gradient, updates, factor, chunk.filling
+        )
+        self._running += 1
+        chunk.writing += 1
+        label = f"update {chunk.name}"
+        done = FutureTransfer(label, chunk.layout.nbytes, (future,))  # type: ignore[arg-type]
+
+        def written() -> None:
+            chunk.writing -= 1
+
+        def complete() -> None:
+            assert self.gradients is not None
+            self.gradients.release(self._held.pop(chunk.name))
+            self._running -= 1
+            self._engine.track(future.result(), written)
+            self._maybe_commit()
+
+        self._engine.set_updating(chunk, done, complete)
+        return True
+
+    def _await_commit(self) -> None:
+        if self._commit is not None:
+            self._engine.wait_for(self._commit, "commit")
+            self._commit = None
+
+    def _maybe_commit(self) -> None:
+        if self._commit_due is not None and not self._running and not self._ready:
+            due, self._commit_due = self._commit_due, None
+            self._commit = due()
+
+    def _run(
+        self,
+        chunk: Chunk,
+        gradient: HostGradient,
+        updates: Mapping[str, SlotUpdate],
+        factor: Tensor | None,
+        filling: Transfer | None,
+    ) -> Transfer:
+        """On the update lane: bring one chunk's weights and states one step further."""
+        if filling is not None:
+            filling.wait()
+        gradient.wait()
+        assert chunk.slab is not None
+        weights = {s.name: s for s in chunk.backing.host_slots}
+        buffer = slab_tensor(chunk.slab)
+        gradients = gradient.views()
+        timeline = self._engine.timeline
+
+        def visit(tile: Tile, states: Tensor, fresh: bool) -> None:
+            with timeline.span(LaneName.UPDATE, tile.region, tile.nbytes):
+                for piece in tile.pieces:
+                    name = piece.slot.name
+                    weight, views = weights[name].view(buffer), piece.state_views(states)
+                    rule = updates[name].rule if name in updates else None
+                    if rule is None:
+                        rule = self._slot_update(name)[0]
+                    if rule.elementwise:
+                        weight = weight.view(-1)[piece.start : piece.stop]
+                    if fresh:
+                        rule.init_states(weight, views)
+                    if name not in updates:
+                        continue
+                    grad = gradients[name]
+                    if rule.elementwise:
+                        grad = grad.view(-1)[piece.start : piece.stop]
+                    if factor is not None:
+                        grad.mul_(factor.to(grad.device))
+                    u = updates[name]
+                    rule.update(
+                        weight,
+                        grad,
+                        views,
+                        step=u.step,
+                        hyper=u.hyper,
+                        seed=u.seed,
+                        element_offset=piece.start,
+                    )
+
+        self._states.run(chunk.name, visit)
+        return self._write_weights(chunk)
+
+    def _write_weights(self, chunk: Chunk) -> Transfer:
+        from .backing import StoreBacking
+
+        assert chunk.slab is not None and isinstance(chunk.backing, StoreBacking)
+        return chunk.backing.write(chunk.slab.view[: chunk.layout.nbytes])
+
+    def flush(self) -> None:
+        """Apply everything that waits and wait until the store has committed it."""
+        self._start_all()
+        while self._running:
+            self._engine.wait_for(self._engine.oldest_in_flight(), "flush")
+        self._engine.drain()
+        self._states.settle()
+        self._maybe_commit()
+        self._await_commit()
+
+    def close(self) -> None:
+        """End the update lane after what is queued."""
+        self._thread.shutdown(wait=True)
+
+
+def state_bytes(tiles: Mapping[str, tuple[Tile, ...]]) -> int:
+    """Bytes of all optimizer states of a model on disk."""
+    return sum(tile.nbytes for of_chunk in tiles.values() for tile in of_chunk)
