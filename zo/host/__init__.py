@@ -1,0 +1,1 @@
+"""Host kernels of the zeroth-order package."""
