@@ -55,7 +55,7 @@ def place(
     for region in regions:
         if region.nbytes < 1 or not region.name or region.name in names:
             raise ValueError(
-                f"region {region.name!r} of {region.nbytes:,} bytes is empty, unnamed or given twice"
+                f"region {region.name!r} ({region.nbytes:,} bytes) is empty, unnamed or given twice"
             )
         names.add(region.name)
         extents = []

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -126,7 +128,9 @@ class _Order:
     ) -> None:
         self.operation = operation
         self.transfer = transfer
-        self.requests = list(_requests(parts, request_bytes))
+        # A deque, not arguments of the executor's work items: those outlive the request, and
+        # a view that is alive when the transfer has ended keeps its slab from being unmapped.
+        self.requests = deque(_requests(parts, request_bytes))
         self.hook = hook
         self.lock = threading.Lock()
         self.left = len(self.requests)
@@ -297,21 +301,21 @@ class DiskLanes:
     # Running #
 
     def _start(self, order: _Order) -> None:
-        lane = _LANE_OF[order.operation]
-        pool = self._pools[lane]
-        beside = order.hook if order.operation is Operation.WRITE else None
-        requests, order.requests = order.requests, []
-        if not requests:
+        pool = self._pools[_LANE_OF[order.operation]]
+        count = len(order.requests)
+        beside = order.hook is not None and order.operation is Operation.WRITE
+        if not count and not beside:
             self._finish(order)
-        for request in requests:
-            pool.submit(self._carry_out, order, request)
-        if beside is not None:
-            pool.submit(self._run_hook_beside, order, beside)
+        for _ in range(count):
+            pool.submit(self._carry_out, order)
+        if beside:
+            pool.submit(self._run_hook_beside, order)
 
-    def _carry_out(self, order: _Order, request: Part) -> None:
+    def _carry_out(self, order: _Order) -> None:
         lane = _LANE_OF[order.operation]
         transfer = order.transfer
-        if self._failure is None and not transfer.done():
+        request = order.requests.popleft()
+        if self._failure is None:
             what = (
                 f"{transfer.label}: {order.operation.value} of {request.wanted_bytes:,} bytes at "
                 f"offset {request.offset:,} of {request.file.path}"
@@ -327,46 +331,46 @@ class DiskLanes:
                         request.wanted_bytes,
                     )
             except BaseException as error:  # noqa: BLE001  (kept, and raised to whoever waits)
-                self._stop(transfer, error)
+                self._stop(error)
             else:
                 end = time.perf_counter()
                 self.timeline.record(lane, transfer.label, start, end, request.wanted_bytes)
+        del request
         self._count_down(order)
 
-    def _run_hook_beside(self, order: _Order, hook: Callable[[], None]) -> None:
-        if self._failure is None and not order.transfer.done():
-            try:
-                hook()
-            except BaseException as error:  # noqa: BLE001  (kept, and raised to whoever waits)
-                self._stop(order.transfer, error)
+    def _run_hook_beside(self, order: _Order) -> None:
+        self._run_hook(order)
         self._count_down(order)
+
+    def _run_hook(self, order: _Order) -> None:
+        hook, order.hook = order.hook, None
+        if hook is None or self._failure is not None:
+            return
+        try:
+            hook()
+        except BaseException as error:  # noqa: BLE001  (kept, and raised to whoever waits)
+            self._stop(error)
 
     def _count_down(self, order: _Order) -> None:
         if not order.request_ended():
             return
-        if order.operation is Operation.READ and order.hook is not None and self._failure is None:
-            try:
-                order.hook()
-            except BaseException as error:  # noqa: BLE001  (kept, and raised to whoever waits)
-                self._stop(order.transfer, error)
+        if order.operation is Operation.READ:
+            self._run_hook(order)
         self._finish(order)
 
     def _finish(self, order: _Order) -> None:
         order.hook = None  # it holds the view
-        failure = self._failure
-        if failure is not None:
-            # Only transfers that the failure reached come here after it; each says why.
-            order.transfer.end(_not_moved(failure))
-        order.transfer.end()
+        # A transfer that was still open when the lanes stopped may lack bytes.
+        order.transfer.end(self._failure)
         with self._idle:
             self._unfinished.discard(order.transfer)
             self._idle.notify_all()
 
-    def _stop(self, transfer: DiskTransfer, error: BaseException) -> None:
+    def _stop(self, error: BaseException) -> None:
+        _drop_frames(error)
         with self._lock:
             if self._failure is None:
                 self._failure = error
-        transfer.end(error)
 
     def _thread_requests(self) -> Requests:
         mine: Requests | None = getattr(self._local, "requests", None)
@@ -419,7 +423,7 @@ class DiskLanes:
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
-        traceback: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close(cancel=exc is not None)
 
@@ -468,15 +472,17 @@ class _Watched:
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
-        traceback: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
         del self._running[threading.get_ident()]
 
 
-def _not_moved(failure: BaseException) -> LaneError:
-    error = LaneError(f"not moved, the disk lanes had stopped: {failure}")
-    error.__cause__ = failure
-    return error
+def _drop_frames(error: BaseException) -> None:
+    """Free what the frames of a kept error hold: views, which would keep slabs mapped."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
 
 
 def _checked(file: DirectFile, offset: int, view: memoryview, wanted_bytes: int | None) -> Part:

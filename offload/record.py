@@ -14,6 +14,7 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, final, get_args
 
@@ -320,9 +321,7 @@ def _check_overlaps(regions: Sequence[RegionLayout], path: Path) -> None:
         for extent in region.extents
         for segment in extent
     )
-    for (member, offset, nbytes, name), (member2, offset2, _, name2) in zip(
-        spans, spans[1:], strict=False
-    ):
+    for (member, offset, nbytes, name), (member2, offset2, _, name2) in pairwise(spans):
         if member == member2 and offset + nbytes > offset2:
             refuse(path, f"regions {name!r} and {name2!r} overlap at byte {offset2:,}")
 
