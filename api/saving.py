@@ -1,0 +1,55 @@
+"""Folders that appear whole or not at all.
+
+The result is written to a hidden sibling of its folder, flushed to the disk, and renamed into
+place; whatever ends the work before that removes the sibling again.  A folder that holds
+something is never replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import InputError
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made: it holds something, or its parent is not writable."""
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            raise InputError(f"--out {folder} holds files already; give a new folder")
+    elif folder.exists() or folder.is_symlink():
+        raise InputError(f"--out {folder} is not a folder; give a new folder")
+    ancestor = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise InputError(f"--out {folder} cannot be made: {ancestor} cannot be written to")
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Lend an empty sibling folder; rename it to ``folder`` if the body succeeds."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        for path in sorted(partial.rglob("*"), reverse=True):
+            _flush(path)
+        _flush(partial)
+        os.rename(partial, folder)
+        _flush(folder.parent)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

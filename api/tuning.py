@@ -1,0 +1,265 @@
+"""``tune``: one fine-tuning run from a model and a data file to a folder that loads.
+
+The order of work keeps bad input harmless: options, data and tokenizer are checked before the
+model is opened, the model (and its budgets) before anything is trained, and the result appears
+whole or not at all.  The training step is the plain one: forward, backward, ``optimizer.step()``,
+with all rows of the step in one call; micro-batches are the streamed layers' own business.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+
+from .data import IGNORED_LABEL
+from .options import TuneOptions
+from .preparation import Material, prepare
+from .progress import ConsoleWatcher, StepEvent, Watcher
+from .reporting import SUMMARY_NAME, Report, report
+from .saving import written_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TuneResult:
+    """What a run produced; losses are nats a token on held-out rows, None if none are held out."""
+
+    out: Path
+    steps: int
+    num_tokens: int
+    train_seconds: float
+    total_seconds: float
+    loss_before: float | None
+    loss_after: float | None
+    sample_before: str | None
+    sample_after: str | None
+    step_losses: tuple[float, ...]
+    report: Report
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dict that ``json.dumps`` takes."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+def tune(options: TuneOptions, *, watcher: Watcher | None = None) -> TuneResult:
+    """Fine-tune a model as ``options`` say and save the result as a Hugging Face folder.
+
+    ``method="full"`` saves a whole model, ``"lora"`` an adapter folder; ``from_pretrained`` opens
+    both.  ``watcher`` None shows a progress bar on the standard error.
+
+    Example::
+
+        options = headrace.TuneOptions(
+            model="my-model", data="chats.jsonl", out="tuned", device_budget="8GB"
+        )
+        result = headrace.tune(options)
+        print(result.loss_before, result.loss_after)
+        print(result.report)
+    """
+    options.check()
+    watcher = watcher or ConsoleWatcher()
+    began = time.perf_counter()
+    material = prepare(options)
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        with _opened(options) as model:
+            tuned, result = _train(options, material, model, watcher, began)
+            watcher.say(f"saving {options.out}")
+            _save(options, material, tuned, result)
+    return result
+
+
+@contextmanager
+def _opened(options: TuneOptions) -> Iterator[PreTrainedModel]:
+    from . import loading
+
+    model = loading.load(
+        str(Path(options.model).expanduser()) if Path(options.model).exists() else options.model,
+        train="adapters" if options.method == "lora" else "all",
+        device=options.device,
+        device_budget=options.device_budget,
+        host_budget=options.host_budget,
+        store=options.store_folder,
+        micro_batch=options.micro_batch,
+        update=options.update,
+    )
+    try:
+        yield model
+    finally:
+        loading.close(model)
+
+
+def _with_adapters(options: TuneOptions, model: PreTrainedModel) -> Any:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules="all-linear",
+        task_type=TaskType.CAUSAL_LM,
+    )
+    return get_peft_model(model, config)
+
+
+def _train(
+    options: TuneOptions,
+    material: Material,
+    opened: PreTrainedModel,
+    watcher: Watcher,
+    began: float,
+) -> tuple[Any, TuneResult]:
+    """Train, with what is measured before and after; return the model with adapters, and that."""
+    from headrace.optim import adamw
+
+    model: Any = _with_adapters(options, opened) if options.method == "lora" else opened
+    optimizer = adamw(
+        model,
+        lr=options.learning_rate,
+        weight_decay=options.weight_decay,
+        master=options.master,
+        max_grad_norm=options.clip_norm,
+        seed=options.seed,
+    )
+    steps = material.steps
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: options.lr_factor(step, steps)
+    )
+    loss_before = _evaluated(options, material, model, watcher, "before")
+    sample_before = _sampled(options, material, model, watcher, "before")
+    losses: list[float] = []
+    num_tokens = 0
+    train_seconds = 0.0
+    watcher.begin(steps)
+    try:
+        for step in range(steps):
+            started = time.perf_counter()
+            batch = material.batch(material.train, material.order.rows(step), model.device)
+            tokens = int(batch["attention_mask"].sum())
+            lr = float(optimizer.param_groups[0]["lr"])
+            model.train()
+            loss = model(**batch, use_cache=False).loss
+            losses.append(float(loss.detach()))
+            loss.backward()
+            del loss
+            optimizer.step()
+            scheduler.step()
+            model.zero_grad()
+            seconds = time.perf_counter() - started
+            num_tokens += tokens
+            train_seconds += seconds
+            watcher.step(_event(step + 1, steps, losses[-1], lr, tokens, seconds, report(opened)))
+            if options.eval_every and (step + 1) % options.eval_every == 0 and step + 1 < steps:
+                _evaluated(options, material, model, watcher, f"after step {step + 1}")
+    finally:
+        watcher.end()
+    final = report(opened, tokens_per_step=round(num_tokens / steps))
+    loss_after = _evaluated(options, material, model, watcher, "after")
+    sample_after = _sampled(options, material, model, watcher, "after")
+    result = TuneResult(
+        out=options.out,
+        steps=steps,
+        num_tokens=num_tokens,
+        train_seconds=train_seconds,
+        total_seconds=time.perf_counter() - began,
+        loss_before=loss_before,
+        loss_after=loss_after,
+        sample_before=sample_before,
+        sample_after=sample_after,
+        step_losses=tuple(losses),
+        report=final,
+    )
+    return model, result
+
+
+def _event(
+    step: int, steps: int, loss: float, lr: float, tokens: int, seconds: float, done: Report
+) -> StepEvent:
+    moved = {lane.lane: lane.nbytes for lane in done.lanes}
+    return StepEvent(
+        step=step,
+        steps=steps,
+        loss=loss,
+        lr=lr,
+        num_tokens=tokens,
+        seconds=seconds,
+        busy_lane=done.busiest.lane.replace("_", " ") if done.busiest else "none",
+        read_bytes=moved.get("disk_read", 0),
+        write_bytes=moved.get("disk_write", 0),
+    )
+
+
+@torch.no_grad()
+def _evaluated(
+    options: TuneOptions, material: Material, model: Any, watcher: Watcher, when: str
+) -> float | None:
+    """Mean loss in nats a token over the held-out rows; None if there are none."""
+    rows = material.held_out
+    if rows is None:
+        return None
+    model.eval()
+    total, weight = 0.0, 0
+    count = min(len(rows), options.eval_rows)
+    for first in range(0, count, options.batch_size):
+        chosen = list(range(first, min(first + options.batch_size, count)))
+        batch = material.batch(rows, chosen, model.device)
+        num_labels = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+        total += float(model(**batch, use_cache=False).loss) * num_labels
+        weight += num_labels
+    watcher.say(f"held-out loss {when}: {total / weight:.4f} nats a token ({weight:,} tokens)")
+    return total / weight
+
+
+@torch.no_grad()
+def _sampled(
+    options: TuneOptions, material: Material, model: Any, watcher: Watcher, when: str
+) -> str | None:
+    """What the model writes after the prompt, greedily; None if no sample is asked for."""
+    if not options.sample_tokens:
+        return None
+    model.eval()
+    tokenizer = material.tokenizer
+    prompt = tokenizer(
+        material.prompt,
+        return_tensors="pt",
+        add_special_tokens=not material.prompt_is_rendered,
+        truncation=True,
+        max_length=options.seq_len,
+    ).to(model.device)
+    output = model.generate(
+        input_ids=prompt["input_ids"],
+        attention_mask=prompt["attention_mask"],
+        max_new_tokens=options.sample_tokens,
+        do_sample=False,
+        pad_token_id=material.pad_id,
+    )
+    written = output[0, prompt["input_ids"].shape[1] :]
+    text = str(tokenizer.decode(written, skip_special_tokens=True))
+    watcher.say(f"sample {when}: {material.prompt!r} ->\n    {text!r}")
+    return text
+
+
+def _save(options: TuneOptions, material: Material, model: Any, result: TuneResult) -> None:
+    with written_whole(options.out) as folder:
+        if options.method == "lora":
+            # Adapters only: "auto" would compare vocabularies with the hub's copy of the base.
+            model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            model.save_pretrained(folder)
+        material.tokenizer.save_pretrained(folder)
+        summary = {"options": options.to_json(), "result": result.to_json()}
+        (folder / SUMMARY_NAME).write_text(
+            json.dumps({**summary, "report": result.report.to_json()}, indent=1) + "\n",
+            encoding="utf-8",
+        )
+        result.report.save_html(folder / "report.html")
