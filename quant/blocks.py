@@ -182,6 +182,8 @@ class FlatCodec(BlockCodec):
         self, parts: Mapping[str, Tensor], shape: Shape, start: int, stop: int
     ) -> Tensor:
         self._check_range(shape, start, stop)
+        if start == stop:
+            return torch.empty(0, dtype=torch.float32, device=parts["codes"].device)
         width, count = self.block_size, stop - start
         stored = parts["codes"].view(-1)
         if self.code_bits == 8:
@@ -274,6 +276,8 @@ class RowCodec(BlockCodec):
         self, parts: Mapping[str, Tensor], shape: Shape, start: int, stop: int
     ) -> Tensor:
         self._check_range(shape, start, stop)
+        if start == stop:
+            return torch.empty(0, dtype=torch.float32, device=parts["codes"].device)
         cols = max(_rows_of(shape)[1], 1)
         first, last = start // cols, -(-stop // cols)
         count = stop - start
@@ -302,7 +306,7 @@ class RowCodec(BlockCodec):
         bound = self.block_error(
             self._blocks(flat.view(-1, cols)), stochastic, self._whole_parts(flat)
         )
-        return bound.view(flat.numel() // cols, -1)[:, :cols].reshape(x.shape)
+        return bound.reshape(flat.numel() // cols, -1)[:, :cols].reshape(x.shape)
 
     def _width(self, cols: int) -> int:
         return self.block_size if self.block_size else max(cols, 1)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .blocks import FlatCodec
+from .logarithm import exp2, log2
 from .minifloat import E4M3
 
 _RANGE_BITS: Final = math.log2(E4M3.largest**2 / 2)
@@ -73,8 +74,8 @@ class CoatCodec(FlatCodec):
         self, unit: Tensor, stats: Mapping[str, Tensor], whole: Mapping[str, Tensor]
     ) -> Tensor:
         power = stats["power"].to(torch.float32) / 16.0
-        exponent = (unit.abs().log2() + stats["log2_scale"]) / power + stats["log2_centre"]
-        return torch.copysign(torch.exp2(exponent), unit)
+        exponent = (log2(unit.abs()) + stats["log2_scale"]) / power + stats["log2_centre"]
+        return torch.copysign(exp2(exponent), unit)
 
     def block_error(self, blocks: Tensor, stochastic: bool, whole: Mapping[str, Tensor]) -> Tensor:
         numbers = self._numbers(blocks)
@@ -87,7 +88,7 @@ class CoatCodec(FlatCodec):
         return torch.where(blocks == 0, torch.zeros_like(bound), bound)
 
     def _numbers(self, blocks: Tensor) -> dict[str, Tensor]:
-        logs = blocks.abs().log2()  # -inf for zeros
+        logs = log2(blocks.abs())  # -inf for zeros
         high = logs.amax(dim=1)
         finite = torch.isfinite(logs)
         low = torch.where(finite, logs, torch.full_like(logs, float("inf"))).amin(dim=1)
@@ -110,6 +111,6 @@ class CoatCodec(FlatCodec):
     @staticmethod
     def _expanded(blocks: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
         power = numbers["power"].to(torch.float32)[:, None] / 16.0
-        centred = blocks.abs().log2() - numbers["log2_centre"][:, None]
+        centred = log2(blocks.abs()) - numbers["log2_centre"][:, None]
         exponent = centred * power - numbers["log2_scale"][:, None]
-        return torch.copysign(torch.exp2(exponent), blocks)
+        return torch.copysign(exp2(exponent), blocks)

@@ -38,7 +38,7 @@ class Int4GroupCodec(RowCodec):
     * ``"unsigned"``: x = scale * q, q in 0 .. 15, scale = amax / 15, for values that are never
       negative (negative ones become 0);
     * ``"affine"``: x = minimum + scale * q, q in 0 .. 15, scale = (max - min) / 15; the range
-      always holds 0.
+      always holds 0, and a group whose max - min overflows becomes NaN.
 
     Cost: 4 + scale bits / block_size (twice that for affine).  Worst error in a group: half a
     scale as stored (a whole one if stochastic), plus what the rounding of a 16-bit scale cuts

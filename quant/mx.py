@@ -8,6 +8,8 @@ from a block's largest magnitude:
 * ``"even"``: amax rounded to the element's mantissa first, then floor (best for MXFP4 weights);
 * ``"ceil"``: ceil(log2 amax) - e_max;
 * ``"rceil"``: ceil(log2(amax / largest)) (NVIDIA's recipe; never saturates).
+
+X is kept within 2^-127 .. 2^(127 - e_max), so that every code is finite in fp32.
 """
 
 from __future__ import annotations
@@ -51,8 +53,11 @@ def shared_exponent(amax: Tensor, fmt: MiniFloat, rule: str) -> Tensor:
         if rule == "ceil":
             exponent = exponent + (mantissa > 0).to(torch.int32)
         biased = exponent - fmt.largest_exponent
-    biased = torch.where(torch.isnan(amax), torch.full_like(biased, _NAN_BYTE), biased)
-    return biased.clamp(0, _NAN_BYTE).to(torch.uint8)
+    # Beyond this the largest codes would overflow fp32; the values saturate instead.
+    biased = biased.clamp(0, 2 * _BIAS - fmt.largest_exponent)
+    return torch.where(torch.isnan(amax), torch.full_like(biased, _NAN_BYTE), biased).to(
+        torch.uint8
+    )
 
 
 @dataclass(frozen=True)
