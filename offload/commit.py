@@ -13,12 +13,13 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import StoreFormatError
 from .faults import Operation, SystemCalls
 from .files import DirectFile
+from .io import DiskLanes
 from .pool import PAGE_BYTES
 from .record import (
     BLOB_NAMES,
@@ -188,6 +189,28 @@ def read_blobs(folder: Path, record: CommitRecord) -> dict[str, bytes]:
                 refuse(path, f"blob {name!r} does not match its checksum: bits have changed")
             blobs[name] = data
     return blobs
+
+
+def make_durable(
+    folder: Path,
+    files: Sequence[DirectFile],
+    record: CommitRecord,
+    blobs: Mapping[str, bytes],
+    lanes: DiskLanes,
+    requests: Requests,
+) -> CommitRecord:
+    """Make a record real and return it with its blobs: stamps, extents, blobs, then the record.
+
+    The order is the guarantee: whatever the record names is on the disk before the record is.
+    """
+    for member, file in enumerate(files):
+        write_stamp(file, Stamp(record.store_id, member, record.sequence), requests)
+    for file in files:
+        lanes.sync(file, label=f"step {record.step}")
+    entries = write_blobs(folder, record.blob_file, blobs, lanes.calls)
+    record = replace(record, blobs=entries)
+    write_record(folder, record, lanes.calls)
+    return record
 
 
 # Folders #

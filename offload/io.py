@@ -14,19 +14,18 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, final
 
+from .disk_transfer import DiskTransfer, Order, Part, checked_part
 from .errors import LaneError, StuckLaneError
 from .faults import Faults, Operation, SystemCalls
 from .files import DirectFile
 from .requests import Requests
 from .timeline import LaneName, Timeline
-from .transfer import Transfer
 
 __all__ = ["DirectFile", "DiskLanes", "DiskTransfer", "Part"]
 
@@ -39,128 +38,12 @@ _LANE_OF = {
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A contiguous piece of a transfer: ``wanted_bytes`` of ``file`` at ``offset``.
-
-    ``view`` may be longer than ``wanted_bytes``: the rest is padding for direct I/O.
-    """
-
-    file: DirectFile
-    offset: int
-    view: memoryview
-    wanted_bytes: int
-
-
-@final
-class DiskTransfer(Transfer):
-    """A transfer on a disk lane; ends when its last request and its hook have ended."""
-
-    def __init__(self, label: str, nbytes: int, watch: Callable[[], None]) -> None:
-        self.label = label
-        self.nbytes = nbytes
-        self._watch = watch
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._error: BaseException | None = None
-        self._then: list[Callable[[], None]] = []
-
-    def wait(self, timeout_seconds: float | None = None) -> None:
-        """Wait until every byte has moved; raise ``LaneError`` with the cause if one did not."""
-        limit = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        while not self._ended.is_set():
-            rest = 0.25 if limit is None else min(0.25, limit - time.monotonic())
-            if self._ended.wait(max(rest, 0.0)):
-                break
-            self._watch()
-            if limit is not None and time.monotonic() >= limit:
-                raise StuckLaneError(
-                    f"{self.label} ({self.nbytes:,} bytes) did not end within {timeout_seconds:g} "
-                    f"seconds. Look at the system log for the disk, or raise the time limit."
-                )
-        if self._error is not None:
-            kind = type(self._error) if isinstance(self._error, LaneError) else LaneError
-            cause = self._error.__cause__ or self._error
-            raise kind(f"{self.label} ({self.nbytes:,} bytes) failed: {self._error}") from cause
-
-    def done(self) -> bool:
-        """Whether the transfer has ended."""
-        return self._ended.is_set()
-
-    def when_ended(self, action: Callable[[], None]) -> None:
-        """Run ``action`` once the transfer has ended, well or badly; at once if it has."""
-        with self._lock:
-            if not self._ended.is_set():
-                self._then.append(action)
-                return
-        action()
-
-    def end(self, error: BaseException | None = None) -> None:
-        """End the transfer; only the first call counts."""
-        with self._lock:
-            if self._ended.is_set():
-                return
-            self._error = error
-            self._ended.set()
-            then, self._then = self._then, []
-        for action in then:
-            action()
-
-
-@dataclass(frozen=True, slots=True)
 class _Running:
     """What a thread is busy with, for the watchdog."""
 
     lane: LaneName
     what: str
     since: float
-
-
-class _Order:
-    """One transfer's requests while they are carried out; freed when the transfer ends."""
-
-    def __init__(
-        self,
-        operation: Operation,
-        transfer: DiskTransfer,
-        parts: Sequence[Part],
-        request_bytes: int,
-        hook: Callable[[], None] | None,
-    ) -> None:
-        self.operation = operation
-        self.transfer = transfer
-        # A deque, not arguments of the executor's work items: those outlive the request, and
-        # a view that is alive when the transfer has ended keeps its slab from being unmapped.
-        self.requests = deque(_requests(parts, request_bytes))
-        self.hook = hook
-        self.lock = threading.Lock()
-        self.left = len(self.requests)
-        if hook is not None and operation is Operation.WRITE:
-            self.left += 1  # the hook runs beside the requests, on any thread of the lane
-
-    def request_ended(self) -> bool:
-        """Count one request down and return whether it was the last."""
-        with self.lock:
-            self.left -= 1
-            return self.left == 0
-
-
-def _requests(parts: Sequence[Part], request_bytes: int) -> Iterator[Part]:
-    """Cut parts into requests, taking the parts in turn so that all their drives are busy."""
-    done = [0] * len(parts)
-    open_parts = list(range(len(parts)))
-    while open_parts:
-        for index in tuple(open_parts):
-            part, start = parts[index], done[index]
-            stop = start + request_bytes
-            if stop >= part.wanted_bytes:
-                # The last request keeps the padding behind it.
-                open_parts.remove(index)
-                yield Part(
-                    part.file, part.offset + start, part.view[start:], part.wanted_bytes - start
-                )
-            else:
-                yield Part(part.file, part.offset + start, part.view[start:stop], request_bytes)
-            done[index] = stop
 
 
 @final
@@ -232,7 +115,7 @@ class DiskLanes:
         ``hook`` runs on a lane thread after the last byte; what it raises fails the transfer.
         The read starts when the transfers in ``after`` have ended.
         """
-        part = _checked(file, offset, view, wanted_bytes)
+        part = checked_part(Operation.READ, file, offset, view, wanted_bytes)
         return self.transfer_parts(Operation.READ, [part], label=label, hook=hook, after=after)
 
     def write(
@@ -252,7 +135,7 @@ class DiskLanes:
         """
         if not file.writable:
             raise ValueError(f"{file.path} was opened for reading only; cannot write {label}")
-        part = _checked(file, offset, view, None)
+        part = checked_part(Operation.WRITE, file, offset, view, None)
         return self.transfer_parts(Operation.WRITE, [part], label=label, hook=hook, after=after)
 
     def transfer_parts(
@@ -268,7 +151,7 @@ class DiskLanes:
         self.raise_if_failed()
         nbytes = sum(part.wanted_bytes for part in parts)
         transfer = DiskTransfer(label, nbytes, self.raise_if_stuck)
-        order = _Order(operation, transfer, parts, self.request_bytes, hook)
+        order = Order(operation, transfer, parts, self.request_bytes, hook)
         with self._lock:
             if self._closed or not self._pools:
                 raise LaneError(f"{label}: the disk lanes are not open; use them inside `with`")
@@ -300,7 +183,7 @@ class DiskLanes:
 
     # Running #
 
-    def _start(self, order: _Order) -> None:
+    def _start(self, order: Order) -> None:
         pool = self._pools[_LANE_OF[order.operation]]
         count = len(order.requests)
         beside = order.hook is not None and order.operation is Operation.WRITE
@@ -311,7 +194,7 @@ class DiskLanes:
         if beside:
             pool.submit(self._run_hook_beside, order)
 
-    def _carry_out(self, order: _Order) -> None:
+    def _carry_out(self, order: Order) -> None:
         lane = _LANE_OF[order.operation]
         transfer = order.transfer
         request = order.requests.popleft()
@@ -338,11 +221,11 @@ class DiskLanes:
         del request
         self._count_down(order)
 
-    def _run_hook_beside(self, order: _Order) -> None:
+    def _run_hook_beside(self, order: Order) -> None:
         self._run_hook(order)
         self._count_down(order)
 
-    def _run_hook(self, order: _Order) -> None:
+    def _run_hook(self, order: Order) -> None:
         hook, order.hook = order.hook, None
         if hook is None or self._failure is not None:
             return
@@ -351,14 +234,14 @@ class DiskLanes:
         except BaseException as error:  # noqa: BLE001  (kept, and raised to whoever waits)
             self._stop(error)
 
-    def _count_down(self, order: _Order) -> None:
+    def _count_down(self, order: Order) -> None:
         if not order.request_ended():
             return
         if order.operation is Operation.READ:
             self._run_hook(order)
         self._finish(order)
 
-    def _finish(self, order: _Order) -> None:
+    def _finish(self, order: Order) -> None:
         order.hook = None  # it holds the view
         # A transfer that was still open when the lanes stopped may lack bytes.
         order.transfer.end(self._failure)
@@ -483,22 +366,3 @@ def _drop_frames(error: BaseException) -> None:
     while link is not None:
         traceback.clear_frames(link.__traceback__)
         link = link.__cause__ or link.__context__
-
-
-def _checked(file: DirectFile, offset: int, view: memoryview, wanted_bytes: int | None) -> Part:
-    """Check a request's numbers against the file before any system call sees them."""
-    if not view.contiguous or view.itemsize != 1:
-        view = view.cast("B")
-    wanted = len(view) if wanted_bytes is None else wanted_bytes
-    if not 0 <= wanted <= len(view):
-        raise ValueError(f"{wanted:,} bytes of {file.path} do not fit a {len(view):,}-byte view")
-    if offset < 0 or offset % file.alignment:
-        raise ValueError(
-            f"offset {offset:,} of {file.path} is not a multiple of {file.alignment} bytes"
-        )
-    if offset + wanted > file.nbytes:
-        raise ValueError(
-            f"{wanted:,} bytes at offset {offset:,} pass the end of {file.path} "
-            f"({file.nbytes:,} bytes)"
-        )
-    return Part(file, offset, view, wanted)

@@ -22,6 +22,7 @@ import xxhash
 
 from .errors import StoreFormatError
 from .pool import PAGE_BYTES, round_up
+from .strict_json import parse_json
 
 JSON = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
 Durability = Literal["step", "checkpoint", "none"]
@@ -63,27 +64,6 @@ def encode(kind: str, body: Mapping[str, JSON]) -> bytes:
         "xxh3_128": xxhash.xxh3_128_hexdigest(text),
     }
     return json.dumps(envelope).encode() + b"\n" + text + b"\n"
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key appears twice")
-    return found
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
-
-
-def parse_json(data: bytes) -> Any:
-    """Parse strict JSON: no duplicate keys, no NaN; ``ValueError`` says what is wrong."""
-    try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def decode(kind: str, data: bytes, path: Path) -> dict[str, Any]:

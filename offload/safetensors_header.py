@@ -8,7 +8,6 @@ is read.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import SourceError
+from .strict_json import parse_json
 
 # Bits per element of every dtype of the format (github.com/huggingface/safetensors).
 DTYPE_BITS: Mapping[str, int] = {
@@ -73,26 +73,9 @@ def _open_regular(path: Path) -> tuple[int, int]:
     return fd, status.st_size
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r:.200} appears twice")
-        found[key] = value
-    return found
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
-
-
 def _parse_object(data: bytes, path: Path, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
-    except RecursionError:
-        refuse(path, f"its {what} is nested too deeply")
+        value = parse_json(data)
     except ValueError as error:
         refuse(path, f"its {what} is not valid JSON: {error}")
     if not isinstance(value, dict):

@@ -18,45 +18,30 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, final
 
-from .commit import (
-    Stamp,
-    foreign_names,
-    read_blobs,
-    read_layout,
-    read_record,
-    read_stamp,
-    remove_uncommitted,
-    write_blobs,
-    write_layout,
-    write_record,
-    write_stamp,
-)
-from .errors import StoreError, StoreFormatError, StoreSpaceError
-from .extents import Region, check_space, place, weights_of
+from .commit import make_durable, read_blobs
+from .disk_transfer import DiskTransfer, Part
+from .errors import StoreError, StoreFormatError, StuckLaneError
+from .extents import Region, place, weights_of
 from .faults import Operation
-from .files import DirectFile
-from .io import DiskLanes, DiskTransfer, Part
-from .lock import FolderLock
+from .io import DiskLanes
+from .members import OpenStore, make_members, open_members
 from .record import (
     BLOB_NAMES,
-    COMMIT_NAME,
-    EXTENTS_NAME,
     JSON,
-    LAYOUT_NAME,
     CommitRecord,
     Durability,
     Layout,
-    RegionLayout,
     Valid,
     checksum_of,
     encode,
 )
+from .region_state import PendingWrite, RegionState
 from .requests import Requests
 from .transfer import FinishedTransfer, Transfer
 from .verify import RegionCheck, check_blobs, check_regions
@@ -80,50 +65,6 @@ class StoreStatistics:
     waited_for_commit_seconds: float
 
 
-@dataclass(slots=True, eq=False)
-class _Write:
-    """Bytes given in this process: where they go, and their checksum once they are there."""
-
-    extent: int
-    transfer: DiskTransfer | None = None
-    checksum: str = ""
-
-    def take_checksum(self, source: memoryview) -> None:
-        self.checksum = checksum_of(source)
-
-    def wait(self) -> None:
-        assert self.transfer is not None
-        self.transfer.wait()
-
-
-@dataclass(slots=True, eq=False)
-class _State:
-    """One region: what the durable record names, what a pending commit names, what is newer."""
-
-    layout: RegionLayout
-    committed: Valid | None = None
-    pending: _Write | None = None
-    working: _Write | None = None
-    verified: bool = False
-    in_flight: dict[int, list[DiskTransfer]] = field(default_factory=dict)
-
-    def target(self) -> int | None:
-        """The extent that the next write may overwrite, or None while a commit must end first."""
-        if self.working is not None:
-            return self.working.extent
-        if len(self.layout.extents) == 1:
-            return 0
-        taken = {named.extent for named in (self.committed, self.pending) if named is not None}
-        free = [extent for extent in (0, 1) if extent not in taken]
-        return free[0] if free else None
-
-    def users_of(self, extent: int) -> list[DiskTransfer]:
-        """Transfers in flight on an extent, which the next one on it must wait for."""
-        users = [t for t in self.in_flight.get(extent, ()) if not t.done()]
-        self.in_flight[extent] = users
-        return users
-
-
 @final
 class Store:
     """Named regions of mutable bytes that survive any crash, one committed step at a time.
@@ -134,24 +75,22 @@ class Store:
 
     def __init__(
         self,
-        folders: Sequence[Path],
-        files: Sequence[DirectFile],
-        layout: Layout,
-        record: CommitRecord | None,
+        opened: OpenStore,
         *,
         lanes: DiskLanes,
         verify_reads: VerifyReads,
         resources: ExitStack,
     ) -> None:
-        self._folders = tuple(folders)
-        self._files = tuple(files)
-        self._layout = layout
-        self._record = record
+        """Use ``create`` or ``open``; ``resources`` holds the locks and files."""
+        self._folders = opened.folders
+        self._files = opened.files
+        self._layout = layout = opened.layout
+        self._record = record = opened.record
         self._lanes = lanes
         self._verify_reads = verify_reads
         self._resources = resources
         self._lock = threading.Lock()
-        self._states = {region.name: _State(region) for region in layout.regions}
+        self._states = {region.name: RegionState(region) for region in layout.regions}
         if record is not None:
             for name, valid in record.regions.items():
                 self._states[name].committed = valid
@@ -204,30 +143,9 @@ class Store:
         )
         encode("layout", layout.to_body())  # refuses what is not JSON before any file is made
         with ExitStack() as resources:
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
-                resources.callback(FolderLock(folder).release)
-            _check_unused(folders)
-            remove_uncommitted(folders)
-            check_space(folders, member_bytes)
-            requests = Requests(lanes.calls)
-            resources.callback(requests.close)
-            files = []
-            for index, (folder, nbytes) in enumerate(zip(folders, member_bytes, strict=True)):
-                file = _allocate(folder, nbytes, lanes)
-                resources.callback(file.close)
-                files.append(file)
-                write_stamp(file, Stamp(layout.store_id, index, 0), requests)
-                lanes.sync(file, label="a new store")
-                lanes.calls.sync_folder(folder)
-            for name in BLOB_NAMES:
-                write_blobs(folders[0], name, {}, lanes.calls)
-            write_layout(folders[0], layout, lanes.calls)
+            files = make_members(folders, layout, lanes, resources)
             return cls(
-                folders,
-                files,
-                layout,
-                None,
+                OpenStore(tuple(folders), files, layout, None),
                 lanes=lanes,
                 verify_reads=verify_reads,
                 resources=resources.pop_all(),
@@ -245,46 +163,9 @@ class Store:
         """Open a store at its last committed step; its folders may be given in any order."""
         folders = list(weights_of(paths))
         with ExitStack() as resources:
-            for folder in folders:
-                if not folder.is_dir():
-                    raise StoreError(f"{folder}: there is no such folder, so no store to open")
-            primary, layout = _find_layout(folders)
-            for folder in folders:
-                resources.callback(FolderLock(folder).release)
-            # Read again under the lock: another run may have replaced it in between.
-            primary, layout = _find_layout(folders)
-            if expect_fingerprint is not None:
-                _check_fingerprint(primary, layout.fingerprint, expect_fingerprint)
-            record = read_record(primary, layout)
-            if layout.durability == "none":
-                raise StoreError(
-                    f"{primary}: this is a scratch store (durability='none'), which keeps no "
-                    f"committed state. Start a new run, with durability='step' to resume it."
-                )
-            if record is None:
-                raise StoreError(
-                    f"{primary}: the run was stopped before its first commit, so there is nothing "
-                    f"to resume. Start it again on the same folder."
-                )
-            ordered = _order_members(folders, layout, record.sequence)
-            files = []
-            for folder, nbytes in zip(ordered, layout.member_bytes, strict=True):
-                file = DirectFile.open(folder / EXTENTS_NAME, writable=True)
-                resources.callback(file.close)
-                if file.nbytes != nbytes:
-                    raise StoreFormatError(
-                        f"{file.path}: it has {file.nbytes:,} bytes, the layout says {nbytes:,}. "
-                        f"It is truncated or belongs to another store; restore it from a copy."
-                    )
-                files.append(file)
+            opened = open_members(folders, expect_fingerprint, resources)
             return cls(
-                [primary, *(folder for folder in ordered if folder != primary)],
-                files,
-                layout,
-                record,
-                lanes=lanes,
-                verify_reads=verify_reads,
-                resources=resources.pop_all(),
+                opened, lanes=lanes, verify_reads=verify_reads, resources=resources.pop_all()
             )
 
     # Reading and writing #
@@ -327,7 +208,7 @@ class Store:
                 state = self._usable(region, view)
                 extent = state.target()
                 if extent is not None:
-                    write = _Write(extent)
+                    write = PendingWrite(extent)
                     hook = partial(write.take_checksum, view[: state.layout.nbytes])
                     write.transfer = self._submit(
                         Operation.WRITE, state, extent, view, f"write {region}", hook
@@ -342,7 +223,7 @@ class Store:
     def _submit(
         self,
         operation: Operation,
-        state: _State,
+        state: RegionState,
         extent: int,
         view: memoryview,
         label: str,
@@ -366,7 +247,9 @@ class Store:
         users.append(transfer)
         return transfer
 
-    def _verify(self, state: _State, extent: int, view: memoryview, named: _Write | Valid) -> None:
+    def _verify(
+        self, state: RegionState, extent: int, view: memoryview, named: PendingWrite | Valid
+    ) -> None:
         found, wanted = checksum_of(view), named.checksum
         if found != wanted:
             segment = state.layout.extents[extent][0]
@@ -378,7 +261,7 @@ class Store:
             )
         state.verified = True
 
-    def _usable(self, region: str, view: memoryview | None = None) -> _State:
+    def _usable(self, region: str, view: memoryview | None = None) -> RegionState:
         self._raise_if_unusable()
         state = self._states.get(region)
         if state is None:
@@ -461,7 +344,7 @@ class Store:
     def _carry_out(
         self,
         transfer: DiskTransfer,
-        moved: Sequence[_State],
+        moved: Sequence[RegionState],
         step: int,
         user: JSON,
         blobs: Mapping[str, bytes],
@@ -482,7 +365,19 @@ class Store:
                 for state, write in writes
                 if write is not None
             }
-            record = self._make_durable(step, user, blobs, valid)
+            record = CommitRecord(
+                store_id=self._layout.store_id,
+                sequence=self._sequence + 1,
+                step=step,
+                user=user,
+                regions=valid,
+                # The record in force names the other blob file.
+                blob_file=BLOB_NAMES[(self._sequence + 1) % 2],
+                blobs={},
+            )
+            record = make_durable(
+                self._folders[0], self._files, record, blobs, self._lanes, self._requests
+            )
         except BaseException as error:  # noqa: BLE001  (kept, and raised to whoever waits)
             with self._lock:
                 self._failure = error
@@ -498,35 +393,6 @@ class Store:
             self._records_written += 1
             self._commit_seconds += time.perf_counter() - start
         transfer.end()
-
-    def _make_durable(
-        self,
-        step: int,
-        user: JSON,
-        blobs: Mapping[str, bytes],
-        valid: Mapping[str, Valid],
-    ) -> CommitRecord:
-        """Stamp, sync the extents, sync the blobs, then replace the record: in this order."""
-        sequence, calls = self._sequence + 1, self._lanes.calls
-        label = f"step {step}"
-        for member, file in enumerate(self._files):
-            write_stamp(file, Stamp(self._layout.store_id, member, sequence), self._requests)
-        for file in self._files:
-            self._lanes.sync(file, label=label)
-        # The record in force names the other blob file.
-        blob_file = BLOB_NAMES[sequence % 2]
-        entries = write_blobs(self._folders[0], blob_file, blobs, calls)
-        record = CommitRecord(
-            store_id=self._layout.store_id,
-            sequence=sequence,
-            step=step,
-            user=user,
-            regions=valid,
-            blob_file=blob_file,
-            blobs=entries,
-        )
-        write_record(self._folders[0], record, calls)
-        return record
 
     def _wait_for_commit(self) -> None:
         committing = self._committing
@@ -617,13 +483,13 @@ class Store:
                 for transfer in transfers
             ]
         with self._resources:
+            try:
+                for transfer in (*filter(None, [self._committing]), *in_flight):
+                    transfer.settle()
+            except StuckLaneError:
+                self._commit_thread.shutdown(wait=False)
+                raise
             self._commit_thread.shutdown(wait=True)
-            ended = threading.Semaphore(0)
-            for transfer in in_flight:
-                transfer.when_ended(ended.release)
-            for _ in in_flight:
-                while not ended.acquire(timeout=0.25):
-                    self._lanes.raise_if_stuck()
             self._requests.close()
         if self._failure is None:
             self._wait_for_commit()
@@ -638,111 +504,3 @@ class Store:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _check_unused(folders: Sequence[Path]) -> None:
-    """Refuse folders that hold foreign files or anything that was ever committed."""
-    begun = set()
-    for folder in folders:
-        foreign = foreign_names(folder)
-        if foreign:
-            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-            raise StoreError(
-                f"{folder} holds files that are no part of a store: "
-                f"{', '.join(foreign[:3])}{more}. Give a new or empty folder."
-            )
-        layout = read_layout(folder)
-        if (folder / COMMIT_NAME).exists():
-            if layout is None:
-                raise StoreFormatError(
-                    f"{folder / LAYOUT_NAME}: it is missing, but {COMMIT_NAME} is there. The store "
-                    f"is damaged; restore it, or remove the folder."
-                )
-            record = read_record(folder, layout)
-            step = record.step if record is not None else 0
-            raise StoreError(
-                f"{folder} already holds a store with {step} committed steps of "
-                f"{dict(layout.fingerprint)!r}. Resume it, give another folder, or remove it."
-            )
-        if layout is not None:
-            begun.add(layout.store_id)
-    for folder in folders:
-        stamp = read_stamp(folder / EXTENTS_NAME)
-        # Sequence 1 without a record is a first commit that never became real.
-        if stamp is not None and not (
-            stamp.sequence == 0 or (stamp.sequence == 1 and stamp.store_id in begun)
-        ):
-            raise StoreError(
-                f"{folder / EXTENTS_NAME}: it belongs to store {stamp.store_id}, which has "
-                f"committed {stamp.sequence} times and has its record elsewhere. "
-                f"Give another folder."
-            )
-
-
-def _allocate(folder: Path, nbytes: int, lanes: DiskLanes) -> DirectFile:
-    path = folder / EXTENTS_NAME
-    try:
-        return DirectFile.create(path, nbytes=nbytes, calls=lanes.calls)
-    except OSError as error:
-        raise StoreSpaceError(
-            f"{path}: {nbytes:,} bytes cannot be reserved ({error.strerror}). Free space on that "
-            f"disk or add a folder on another one."
-        ) from error
-
-
-def _find_layout(folders: Sequence[Path]) -> tuple[Path, Layout]:
-    found = [(folder, layout) for folder in folders if (layout := read_layout(folder)) is not None]
-    if not found:
-        raise StoreError(
-            f"{', '.join(map(str, folders))}: no store here ({LAYOUT_NAME} is missing). If the "
-            f"store has several folders, give all of them."
-        )
-    if len(found) > 1:
-        raise StoreError(
-            f"{found[0][0]} and {found[1][0]} are different stores; open them one at a time"
-        )
-    return found[0]
-
-
-def _check_fingerprint(
-    folder: Path, found: Mapping[str, JSON], expected: Mapping[str, JSON]
-) -> None:
-    differing = [
-        f"{key}: the store has {found.get(key)!r}, this run {expected.get(key)!r}"
-        for key in sorted({*found, *expected})
-        if found.get(key) != expected.get(key)
-    ]
-    if differing:
-        raise StoreError(
-            f"{folder} belongs to another run: {'; '.join(differing)}. "
-            f"Give the store of this model, or a new folder."
-        )
-
-
-def _order_members(folders: Sequence[Path], layout: Layout, sequence: int) -> list[Path]:
-    """Return the folders in member order, after checking that all are there and in step."""
-    members: dict[int, Path] = {}
-    for folder in folders:
-        path = folder / EXTENTS_NAME
-        stamp = read_stamp(path)
-        if stamp is None:
-            raise StoreFormatError(f"{path}: it is missing or was never stamped")
-        if stamp.store_id != layout.store_id:
-            raise StoreFormatError(
-                f"{path}: it belongs to store {stamp.store_id}, the layout to {layout.store_id}"
-            )
-        if not sequence <= stamp.sequence <= sequence + 1:
-            raise StoreFormatError(
-                f"{path}: it is of commit {stamp.sequence}, the record of commit {sequence}: one "
-                f"of them is a stale copy. Restore all files of the store from the same moment."
-            )
-        if stamp.member in members or stamp.member >= len(layout.member_bytes):
-            raise StoreFormatError(f"{path}: it is member {stamp.member}, which is there already")
-        members[stamp.member] = folder
-    missing = sorted(set(range(len(layout.member_bytes))) - set(members))
-    if missing:
-        raise StoreError(
-            f"the store has {len(layout.member_bytes)} folders, and {len(folders)} were given: "
-            f"member {missing[0]} is missing. Give all of its folders."
-        )
-    return [members[index] for index in sorted(members)]
