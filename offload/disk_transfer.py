@@ -142,10 +142,15 @@ def cut(parts: Sequence[Part], request_bytes: int) -> Iterator[Part]:
             done[index] = stop
 
 
-def checked_part(file: DirectFile, offset: int, view: memoryview, wanted_bytes: int | None) -> Part:
+def checked_part(
+    operation: Operation,
+    file: DirectFile,
+    offset: int,
+    view: memoryview,
+    wanted_bytes: int | None,
+) -> Part:
     """Check a request's numbers against the file before any system call sees them."""
-    if not view.contiguous or view.itemsize != 1:
-        view = view.cast("B")
+    view = view.cast("B")
     wanted = len(view) if wanted_bytes is None else wanted_bytes
     if not 0 <= wanted <= len(view):
         raise ValueError(f"{wanted:,} bytes of {file.path} do not fit a {len(view):,}-byte view")

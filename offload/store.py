@@ -175,8 +175,9 @@ class Store:
 
         ``view`` has the region's size or more; a multiple of 4096 saves a copy of the tail.
         """
+        view = view.cast("B")
         with self._lock:
-            state = self._usable(region, view)
+            state = self._usable(region, view.nbytes)
             newest = state.working or state.pending
             if newest is not None:
                 extent = newest.extent
@@ -203,9 +204,10 @@ class Store:
 
         While a pending commit still needs both extents of the region, this waits for it.
         """
+        view = view.cast("B")
         while True:
             with self._lock:
-                state = self._usable(region, view)
+                state = self._usable(region, view.nbytes)
                 extent = state.target()
                 if extent is not None:
                     write = PendingWrite(extent)
@@ -261,16 +263,16 @@ class Store:
             )
         state.verified = True
 
-    def _usable(self, region: str, view: memoryview | None = None) -> RegionState:
+    def _usable(self, region: str, nbytes: int | None = None) -> RegionState:
         self._raise_if_unusable()
         state = self._states.get(region)
         if state is None:
             raise StoreError(
                 f"{self._folders[0]} has no region {region!r}; it has {len(self._states)} others"
             )
-        if view is not None and len(view) < state.layout.nbytes:
+        if nbytes is not None and nbytes < state.layout.nbytes:
             raise ValueError(
-                f"region {region!r} has {state.layout.nbytes:,} bytes, the view {len(view):,}"
+                f"region {region!r} has {state.layout.nbytes:,} bytes, the view {nbytes:,}"
             )
         return state
 
