@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
@@ -21,7 +21,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 Master = Literal["fp32", "split", "sr"]
 Update = Literal["backward", "forward"]
 
-_CHOICES = {
+CHOICES = {
     "method": get_args(Method),
     "schedule": get_args(Schedule),
     "optimizer": ("adamw",),
@@ -99,7 +99,7 @@ class TuneOptions:
 
     def check(self) -> None:
         """Refuse what cannot run, with an ``InputError`` that names the option."""
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice is not None)
@@ -192,5 +192,6 @@ def _flag(name: str) -> str:
 
 
 def option_default(name: str) -> Any:
-    """Return the default of an option, for the command line's help."""
-    return next(field.default for field in fields(TuneOptions) if field.name == name)
+    """Return the default of an option for the command line's help; None where there is none."""
+    default = next(field.default for field in fields(TuneOptions) if field.name == name)
+    return None if default is MISSING else default

@@ -77,7 +77,7 @@ class ConsoleWatcher(Watcher):
 
     def say(self, text: str) -> None:
         """Show the text as it is, above the bar."""
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, steps: int) -> None:
         """Start the bar on a terminal."""

@@ -1,0 +1,202 @@
+"""The command line: ``headrace COMMAND``, also ``python -m headrace COMMAND``.
+
+Exit codes: 0 done; 2 what the user gave cannot be used (one line on the standard error, nothing
+half-written); 1 our fault (a traceback).  Results go to the standard output, as text or with
+``--json`` as one JSON object; progress goes to the standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, final
+
+from headrace.offload.errors import HeadraceError
+
+from .errors import InputError
+
+_USER_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors that are our fault are raised."""
+    try:
+        chosen = _parser().parse_args(arguments)
+        output = chosen.run(chosen)
+    except KeyboardInterrupt:
+        print("headrace: interrupted", file=sys.stderr)
+        return 130
+    except (HeadraceError, OSError) as error:
+        blame = _blame(error)
+        if blame is None:
+            raise
+        print("headrace: " + " ".join(blame.split()), file=sys.stderr)
+        return 2
+    print(json.dumps(output.record) if chosen.json else output.text)
+    return output.exit_code
+
+
+def _blame(error: BaseException) -> str | None:
+    """What the user can change about an error, or None if it is our fault."""
+    if isinstance(error, HeadraceError) and isinstance(error, ValueError):
+        return str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _USER_ERRNOS:
+            return str(error)
+        cause = cause.__cause__
+    return None
+
+
+@final
+class _Output:
+    """What a command found: text for people, a record for machines, an exit code."""
+
+    def __init__(self, text: str, record: Any, exit_code: int = 0) -> None:
+        self.text = text
+        self.record = record
+        self.exit_code = exit_code
+
+
+@final
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="headrace",
+        description="Fine-tune models as large as your disk on one consumer GPU.",
+        epilog="Example: headrace tune --demo --out tuned",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_doctor, _add_tune, _add_report):
+        add(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    command.add_argument("--json", action="store_true", default=False, help="print JSON")
+    assert isinstance(command, argparse.ArgumentParser)
+    return command
+
+
+# doctor
+
+
+def _add_doctor(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "doctor",
+        "look at this machine: software, devices, memory, the disk under a folder",
+        "  headrace doctor --store /nvme/run1",
+    )
+    command.add_argument("--store", type=Path, default=Path(), help="folder to look at")
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(chosen: argparse.Namespace) -> _Output:
+    from .doctor import examine
+
+    facts = examine(chosen.store)
+    width = max(len(fact.name) for fact in facts)
+    lines = []
+    for fact in facts:
+        lines.append(f"{fact.name.ljust(width)}  {fact.value}")
+        if fact.advice:
+            lines.append(f"{' ' * width}  -> {fact.advice}")
+    return _Output("\n".join(lines), [fact.to_json() for fact in facts])
+
+
+# tune
+
+
+def _add_tune(commands: Any) -> None:
+    from .tune_arguments import add_tune_arguments
+
+    command = _add_command(
+        commands,
+        "tune",
+        "fine-tune a model within byte budgets and save it as a Hugging Face folder",
+        "  headrace tune --model Qwen/Qwen3-8B --data chats.jsonl --method lora \\\n"
+        "      --device-budget 8GB --host-budget 16GB --out tuned\n"
+        "  headrace tune --demo --out tuned      # no network, no GPU needed",
+    )
+    add_tune_arguments(command)
+    command.set_defaults(run=_tune)
+
+
+def _tune(chosen: argparse.Namespace) -> _Output:
+    from transformers.utils import logging as transformers_logging
+
+    from .progress import ConsoleWatcher
+    from .tune_arguments import options_of
+    from .tuning import tune
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    watcher = ConsoleWatcher()
+    options = options_of(chosen, watcher)
+    result = tune(options, watcher=watcher)
+    lines = [
+        f"{result.steps} steps, {result.num_tokens:,} tokens in {result.train_seconds:.0f} s "
+        f"({result.num_tokens / result.train_seconds:,.0f} tokens/s); "
+        f"the whole run {result.total_seconds:.0f} s",
+        f"saved in {result.out}",
+    ]
+    if options.store_folder is not None:
+        lines.append(f"the store stays in {options.store_folder}; remove it when you are done")
+    if result.sample_before is not None:
+        lines[:0] = [
+            f"sample before: {result.sample_before!r}",
+            f"sample after:  {result.sample_after!r}",
+        ]
+    if result.loss_before is not None and result.loss_after is not None:
+        change = result.loss_after - result.loss_before
+        lines.insert(
+            0,
+            f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats a token "
+            f"({change:+.4f})",
+        )
+    return _Output("\n".join([*lines, "", str(result.report)]), result.to_json())
+
+
+# report
+
+
+def _add_report(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "report",
+        "show what a finished run did: lanes, peaks against budgets, stalls",
+        "  headrace report tuned --html report.html",
+    )
+    command.add_argument("folder", type=Path, help="the --out folder of a tune run")
+    command.add_argument("--html", type=Path, default=None, help="also write the page here")
+    command.set_defaults(run=_report)
+
+
+def _report(chosen: argparse.Namespace) -> _Output:
+    from .reporting import read_report
+
+    report = read_report(chosen.folder)
+    if chosen.html is not None:
+        try:
+            report.save_html(chosen.html)
+        except OSError as error:
+            raise InputError(f"--html {chosen.html}: {error.strerror}") from error
+    return _Output(str(report), report.to_json())
