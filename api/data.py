@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -29,9 +29,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError, InputError
-
-Labels = Literal["assistant", "all"]
-Packing = Literal["pack", "pad"]
+from .options import Labels, Packing
 
 IGNORED_LABEL = -100
 

@@ -43,9 +43,8 @@ def examine(store: Path) -> list[Fact]:
 
 def _software() -> list[Fact]:
     facts = [Fact("python", f"{platform.python_version()} on {platform.platform()}")]
-    for package in ("headrace", "torch", "transformers", "peft", "numba"):
-        facts.append(Fact(package, importlib.metadata.version(package)))
-    return facts
+    packages = ("headrace", "torch", "transformers", "peft", "numba")
+    return facts + [Fact(package, importlib.metadata.version(package)) for package in packages]
 
 
 def _devices() -> list[Fact]:
@@ -62,11 +61,11 @@ def _devices() -> list[Fact]:
         facts.append(Fact("gpu", "none found: runs use the CPU"))
     flags = _cpu_flags()
     bf16 = sorted(flags & {"amx_bf16", "avx512_bf16", "bf16", "sve_bf16"})
-    threads = f"{torch.get_num_threads()} threads"
+    how = ", ".join(bf16) or "emulation"
     facts.append(
         Fact(
             "cpu",
-            f"{os.cpu_count()} cores, torch uses {threads}, bf16 by {', '.join(bf16) or 'emulation'}",
+            f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, bf16 by {how}",
             None if bf16 or torch.cuda.is_available() else "computing in bf16 is slow on this CPU",
         )
     )
@@ -125,7 +124,7 @@ def _disk(store: Path) -> list[Fact]:
 
 
 def _accepts_direct_io(folder: Path) -> bool:
-    if not hasattr(os, "O_DIRECT"):
+    if platform.system() != "Linux":
         return False
     with tempfile.TemporaryDirectory(prefix=".headrace-doctor-", dir=folder) as scratch:
         page = mmap.mmap(-1, mmap.PAGESIZE)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, final, get_args
 
 from .budgets import parse_bytes
-from .data import Labels, Packing
 from .errors import InputError
 from .saving import check_new_folder
 
@@ -20,6 +19,8 @@ Method = Literal["lora", "full"]
 Schedule = Literal["constant", "linear", "cosine"]
 Master = Literal["fp32", "split", "sr"]
 Update = Literal["backward", "forward"]
+Labels = Literal["assistant", "all"]
+Packing = Literal["pack", "pad"]
 
 CHOICES = {
     "method": get_args(Method),
