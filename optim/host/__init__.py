@@ -1,0 +1,9 @@
+"""Fused host kernels: serial, GIL-free loops over flat numpy views, one pass over memory.
+
+Every kernel is compiled on first use and cached on disk.  All arithmetic is IEEE fp32, one
+rounding an operation, no contraction and no reassociation: results depend neither on the CPU nor
+on how a parameter is cut into ranges, and equal the torch-operation bricks bit for bit.
+
+The disk cache notices a change of a kernel's own file only: after editing ``bits``, remove the
+``*.nbi`` files in ``__pycache__``.  Installing a new version rewrites every file and is safe.
+"""
