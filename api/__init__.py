@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .budgets import default_budgets, parse_bytes
     from .errors import DataError, InputError
+    from .loading import load
     from .reporting import Report, report
     from .tuning import TuneOptions, TuneResult, tune
 
@@ -26,6 +27,7 @@ _HOMES = MappingProxyType(
         "TuneOptions": "tuning",
         "TuneResult": "tuning",
         "default_budgets": "budgets",
+        "load": "loading",
         "parse_bytes": "budgets",
         "report": "reporting",
         "tune": "tuning",
@@ -39,6 +41,7 @@ __all__ = [
     "TuneOptions",
     "TuneResult",
     "default_budgets",
+    "load",
     "parse_bytes",
     "report",
     "tune",

@@ -22,7 +22,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .chunk import ChunkLayout, Slot
+from .chunk import ChunkLayout
 from .device_memory import DeviceSlot, slab_tensor
 from .engine import Engine
 from .io import DirectFile
@@ -45,6 +45,7 @@ class HostGradient:
         self.norms: dict[str, Tensor] = {}
         self.arrival: Transfer | None = None
         self.extent: DirectFile | None = None  # where the bytes wait on disk, if they do
+        self.on_disk = False  # the extent, not a slab, holds the valid bytes
 
     def wait(self) -> None:
         """Wait until the bytes have arrived."""
@@ -161,6 +162,7 @@ class Gradients:
         assert self._scratch is not None and gradient.slab is not None
         scratch, slab, nbytes = self._scratch, gradient.slab, gradient.layout.nbytes
         extent = gradient.extent = gradient.extent or scratch.take(nbytes)
+        gradient.on_disk = True
 
         def begin() -> None:
             label = f"spill gradient of {gradient.name}"
@@ -174,7 +176,7 @@ class Gradients:
 
     def restore(self, gradient: HostGradient, *, must: bool) -> bool:
         """Begin to bring a spilled gradient back to host memory; False: no slab is free now."""
-        if gradient.extent is None:
+        if not gradient.on_disk:
             return True
         while gradient.slab is not None:  # still on its way to the disk
             if not must:
@@ -183,8 +185,9 @@ class Gradients:
         nbytes = gradient.layout.nbytes
         if not must and not any(s.nbytes >= nbytes for s in self._ring):
             return False
-        assert self._scratch is not None
+        assert self._scratch is not None and gradient.extent is not None
         gradient.slab = self._host_slab(gradient.name)
+        gradient.on_disk = False
         gradient.buffer = slab_tensor(gradient.slab)
         gradient.arrival = self._scratch.read(
             gradient.extent,
@@ -303,7 +306,15 @@ class Gradients:
         self._partial.clear()
         self._outstanding.clear()
 
-
-def slots_by_name(layouts: Mapping[str, ChunkLayout]) -> dict[str, Slot]:
-    """Every slot of every layout, by parameter name."""
-    return {slot.name: slot for layout in layouts.values() for slot in layout.slots}
+    def close(self) -> None:
+        """Give every slab and device buffer back; nothing may be in flight."""
+        for gradient in self._partial.values():
+            self.release(gradient)
+        self._partial.clear()
+        for slab in (*self._own.values(), *self._ring):
+            self._engine.host.release(slab)
+        for slot in self._idle_device:
+            self._engine.device.release(slot)
+        self._own.clear()
+        self._ring.clear()
+        self._idle_device.clear()

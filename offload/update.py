@@ -12,7 +12,7 @@ s names; clipping multiplies gradients in their own dtype, as ``clip_grad_norm_`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, final
@@ -141,6 +141,14 @@ class StateTiles:
         self.settle()
         self._loaded.clear()
 
+    def close(self, release: Callable[[Slab], None]) -> None:
+        """Give every slab back once its writes have ended."""
+        self.settle()
+        for slab in (*self._ring, *(s for slabs in self._resident.values() for s in slabs)):
+            release(slab)
+        self._ring.clear()
+        self._resident = {}
+
 
 @final
 class Updates:
@@ -223,10 +231,14 @@ class Updates:
 
     # The end of a step
 
-    def total_norm(self) -> Tensor:
-        """The 2-norm of all gradients of the step, as ``clip_grad_norm_`` computes it."""
+    def total_norm(self, others: Sequence[Tensor] = ()) -> Tensor:
+        """The 2-norm of all gradients of the step, as ``clip_grad_norm_`` computes it.
+
+        ``others``: norms of gradients that are not streamed.
+        """
         self._collect_norms()
         norms = [self._norms[n] for n in self._parameter_order if n in self._norms]
+        norms.extend(others)
         if not norms:
             return torch.zeros(())
         return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
@@ -413,8 +425,11 @@ class Updates:
         self._await_commit()
 
     def close(self) -> None:
-        """End the update lane after what is queued."""
+        """End the update lane after what is queued, and give its memory back."""
         self._thread.shutdown(wait=True)
+        self._states.close(self._engine.host.release)
+        if self.gradients is not None:
+            self.gradients.close()
 
 
 def state_bytes(tiles: Mapping[str, tuple[Tile, ...]]) -> int:

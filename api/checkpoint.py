@@ -1,0 +1,170 @@
+"""Reads a Hugging Face checkpoint into chunks: in place where it can, converted where it must.
+
+A chunk is read in place when each of its tensors is one tensor of the shards with the same
+shape and dtype.  Fused experts, renamed layouts and other dtypes go through transformers' own
+conversion engine, one chunk in memory at a time, and are packed once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from headrace.offload.backing import Backing
+from headrace.offload.chunk import ChunkLayout, Segment
+from headrace.offload.errors import SourceError
+from headrace.offload.source import SafetensorsIndex
+from headrace.offload.transfer import FinishedTransfer, Transfer
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@final
+class Checkpoint:
+    """The shards of a model and how their tensors become the model's parameters."""
+
+    def __init__(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+        """``model`` is on meta, with the dtypes its parameters will have."""
+        self.folder, self.dtype = folder, dtype
+        self.index = SafetensorsIndex.open(folder)
+        self._model = model
+        mapping = get_model_conversion_mapping(model)
+        renamings = [w for w in mapping if isinstance(w, WeightRenaming)]
+        converters = [w for w in mapping if isinstance(w, WeightConverter)]
+        targets = model.state_dict()
+        sources: dict[str, list[str]] = defaultdict(list)
+        self._converted: set[str] = set()
+        for key in self.index:
+            target, pattern = rename_source_key(
+                key, renamings, converters, model.base_model_prefix, targets
+            )
+            if target not in targets and key in targets:
+                target, pattern = key, None
+            if target in targets:
+                sources[target].append(key)
+                if pattern is not None:
+                    self._converted.add(target)
+        self.sources: Mapping[str, list[str]] = sources
+        self.targets = {n: (t.shape, t.dtype) for n, t in targets.items()}
+
+    def missing(self, names: list[str]) -> list[str]:
+        """Parameters that no tensor of the shards provides."""
+        return [n for n in names if n not in self.sources]
+
+    def in_place(self, layout: ChunkLayout) -> dict[str, str] | None:
+        """Slot name -> tensor name if the whole chunk can be read as it lies; else None."""
+        keys: dict[str, str] = {}
+        for slot in layout.slots:
+            sources = self.sources.get(slot.name, [])
+            if len(sources) != 1 or slot.name in self._converted:
+                return None
+            entry = self.index[sources[0]]
+            if entry.shape != tuple(slot.shape) or _DTYPES.get(entry.dtype) is not slot.dtype:
+                return None
+            keys[slot.name] = sources[0]
+        return keys
+
+    def convert(self, layout: ChunkLayout) -> dict[str, Tensor]:
+        """The chunk's tensors through transformers' conversion, in ordinary memory."""
+        wanted = [key for slot in layout.slots for key in self.sources.get(slot.name, [])]
+        kept = getattr(self._model, "_weight_conversions", None)
+        shards: dict[Path, Any] = {}
+        state: dict[str, Any] = {}
+        for key in wanted:
+            path = self.index[key].path
+            if path not in shards:
+                shards[path] = safe_open(str(path), framework="pt", device="cpu")
+            state[key] = shards[path].get_slice(key)
+        result: dict[str, Tensor] = {}
+        owners = {s.name: _owner(self._model, s.name) for s in layout.slots}
+        before = {n: module._parameters[leaf] for n, (module, leaf) in owners.items()}
+        try:
+            info, _ = convert_and_load_state_dict_in_model(
+                self._model, state, _load_config(self._model, self.dtype)
+            )
+            problems = [
+                *map(str, info.conversion_errors),
+                *map(str, info.mismatched_keys),
+            ]
+            for slot in layout.slots:
+                module, leaf = owners[slot.name]
+                parameter = module._parameters[leaf]
+                if parameter is None or parameter.is_meta or parameter.shape != slot.shape:
+                    problems.append(slot.name)
+                else:
+                    result[slot.name] = parameter.detach().to(slot.dtype)
+            if problems:
+                raise SourceError(
+                    f"{self.folder}: {len(problems)} tensors of {layout.name!r} could not be "
+                    f"converted for {type(self._model).__name__}: {problems[:4]}. Is this the "
+                    f"checkpoint of another model?"
+                )
+        finally:
+            for name, (module, leaf) in owners.items():
+                module._parameters[leaf] = before[name]
+            # Overwritten by every call; save_pretrained reverses what stands there.
+            self._model._weight_conversions = kept
+        return result
+
+
+def _load_config(model: PreTrainedModel, dtype: torch.dtype) -> LoadStateDictConfig:
+    config: dict[str, Any] = {
+        "weight_mapping": get_model_conversion_mapping(model),  # stateful: a fresh one per call
+        "device_map": {"": "cpu"},
+        "dtype": dtype,
+    }
+    if "dtype_plan" in inspect.signature(LoadStateDictConfig).parameters:
+        config["dtype_plan"] = model._get_dtype_plan(dtype)
+    return LoadStateDictConfig(**config)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+@final
+class ConvertedBacking(Backing):
+    """A chunk that goes through the conversion at every read; used to pack it once."""
+
+    def __init__(self, checkpoint: Checkpoint, layout: ChunkLayout) -> None:
+        self._checkpoint, self._layout = checkpoint, layout
+        self.host_nbytes = layout.nbytes
+        self.host_slots = layout.slots
+        self.segments = (Segment(0, 0, layout.nbytes),)
+
+    def read(self, view: memoryview, label: str) -> Transfer:
+        """Convert into the view on the calling thread; nothing is in flight afterwards."""
+        buffer = torch.frombuffer(view, dtype=torch.uint8)
+        for name, tensor in self._checkpoint.convert(self._layout).items():
+            slot = next(s for s in self._layout.slots if s.name == name)
+            slot.view(buffer).copy_(tensor)
+        return FinishedTransfer(label, self._layout.nbytes)

@@ -1,0 +1,346 @@
+"""``headrace.load``: a ``PreTrainedModel`` whose weights stay on disk until they are needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from headrace.offload.activation import Parking, ParkPlace
+from headrace.offload.backing import Backing, SourceBacking
+from headrace.offload.budget import Budget, Tier
+from headrace.offload.chunk import ChunkLayout
+from headrace.offload.device_memory import open_device_pool
+from headrace.offload.embedding import StreamedEmbedding
+from headrace.offload.engine import Chunk, Engine
+from headrace.offload.errors import SourceError
+from headrace.offload.io import DiskLanes
+from headrace.offload.lanes import open_lanes, pin_host_memory, unpin_host_memory
+from headrace.offload.layer import stream_module
+from headrace.offload.loss import StreamedHead
+from headrace.offload.pool import SlabPool
+from headrace.offload.runtime import BoundParameters, Runtime
+from headrace.offload.scratch import Scratch
+from headrace.offload.source import ReadPlan
+from headrace.offload.timeline import Timeline
+
+from .budgets import default_budgets, parse_bytes
+from .checkpoint import Checkpoint, ConvertedBacking
+from .errors import InputError
+from .streamed_model import StreamedModel, streamed_class
+from .structure import ModuleChunk, Role, cut
+from .training import Training, TrainingOptions
+
+_TRAIN = ("adapters", "all", "none")
+
+
+def load(
+    model: str | Path,
+    *,
+    train: str = "adapters",
+    device: str | torch.device | None = None,
+    device_budget: int | str | None = None,
+    host_budget: int | str | None = None,
+    store: str | Path | Sequence[str | Path] | Mapping[str | Path, float] | None = None,
+    micro_batch: int | None = None,
+    update: str | None = None,
+    durability: str = "step",
+    snapshot_every: int = 50,
+    activations: str = "auto",
+    loss_tile: int | str = "64MiB",
+    dtype: torch.dtype | str | None = None,
+    auto_class: type = AutoModelForCausalLM,
+    resume: bool = False,
+) -> PreTrainedModel:
+    """Open a model for streaming: a ``PreTrainedModel`` with nothing big in memory yet."""
+    if train not in _TRAIN:
+        raise InputError(f"train is {train!r}; choose one of {', '.join(_TRAIN)}")
+    if update not in (None, "backward", "forward"):
+        raise InputError(f"update is {update!r}; choose 'backward' or 'forward'")
+    place = ParkPlace(activations)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = find_folder(model)
+    paths = _store_paths(store)
+    if train == "all" and not paths:
+        raise InputError("train='all' keeps weights and states on disk: give store='FOLDER'")
+    config = AutoConfig.from_pretrained(folder)
+    kind = _dtype(dtype, config)
+    with init_empty_weights(include_buffers=False):
+        skeleton = auto_class.from_config(config, dtype=kind)  # type: ignore[attr-defined]
+    _apply_dtype_plan(skeleton, kind)
+    skeleton.tie_weights()
+    checkpoint = Checkpoint(skeleton, folder, kind)
+    chunks = cut(skeleton)
+    _check_complete(skeleton, checkpoint, chunks, folder)
+    budgets = default_budgets(str(target), device_budget=device_budget, host_budget=host_budget)
+    if (folder / "generation_config.json").exists():
+        skeleton.generation_config = GenerationConfig.from_pretrained(folder)
+    options = None
+    if train == "all":
+        options = TrainingOptions(
+            paths=paths,
+            update=update or "forward",
+            durability=durability,
+            snapshot_every=snapshot_every,
+            fingerprint=_fingerprint(skeleton, chunks),
+            meta={"model": str(folder), "config": config.to_dict(), "dtype": str(kind)},
+            resume=resume,
+        )
+    scratch_folder = next(iter(paths), None)
+    with ExitStack() as opened:
+        _attach(
+            skeleton,
+            chunks,
+            checkpoint,
+            device=target,
+            device_bytes=budgets.device_bytes,
+            host_bytes=budgets.host_bytes,
+            scratch_folder=None if scratch_folder is None else scratch_folder / "scratch",
+            micro_batch=micro_batch,
+            place=place,
+            tile_bytes=parse_bytes(loss_tile, what="loss_tile"),
+            trainable=train == "all",
+            options=options,
+            opened=opened,
+        )
+        opened.pop_all()
+    return skeleton
+
+
+def _attach(
+    model: PreTrainedModel,
+    chunks: Sequence[ModuleChunk],
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    device_bytes: int,
+    host_bytes: int,
+    scratch_folder: Path | None,
+    micro_batch: int | None,
+    place: ParkPlace,
+    tile_bytes: int,
+    trainable: bool,
+    options: TrainingOptions | None,
+    opened: ExitStack,
+) -> None:
+    """Put placeholders, chunks and lanes under a model whose parameters are on meta."""
+    closing = ExitStack()
+    opened.callback(closing.close)
+    timeline = Timeline()
+    host_budget = Budget(Tier.HOST, limit_bytes=host_bytes)
+    device_budget = Budget(Tier.DEVICE, limit_bytes=device_bytes)
+    disk = closing.enter_context(DiskLanes(timeline=timeline))
+    closing.callback(checkpoint.index.close)
+    cuda = device.type == "cuda"
+    host = SlabPool(
+        host_budget,
+        pin=pin_host_memory if cuda else None,
+        unpin=unpin_host_memory if cuda else None,
+    )
+    closing.callback(host.close)
+    engine = Engine(
+        lanes=open_lanes(device, timeline),
+        host=host,
+        device=open_device_pool(device_budget, device),
+        host_budget=host_budget,
+        timeline=timeline,
+    )
+    closing.callback(engine.close)
+    scratch = None
+    if scratch_folder is not None:
+        scratch = Scratch(scratch_folder, disk)
+        closing.callback(scratch.close)
+    parameters = _materialize(model, chunks, device, trainable=trainable)
+    bound: dict[str, BoundParameters] = {}
+    for chunk in chunks:
+        layout = ChunkLayout.pack(
+            chunk.name, [(n, p.shape, p.dtype) for n, p in chunk.parameters.items()]
+        )
+        backing = _backing(checkpoint, layout, disk)
+        gathered = chunk.role is Role.EMBEDDING
+        engine.add(Chunk(layout, backing, gathered=gathered))
+        bound[chunk.name] = BoundParameters({n: parameters[n] for n in chunk.parameters}, device)
+    engine.check_budgets()
+    sizes = sorted((c.layout.nbytes for c in engine.chunks.values()), reverse=True)
+    device_reserve = sum(sizes[:2]) + (sum(sizes[:2]) if trainable else 0)
+    runtime = Runtime(
+        engine=engine,
+        host_budget=host_budget,
+        device_budget=device_budget,
+        timeline=timeline,
+        parking=Parking(
+            engine,
+            scratch,
+            place=place,
+            device_reserve_bytes=device_reserve,
+            host_reserve_bytes=min(host_bytes, 3 * sizes[0]),
+        ),
+        bound=bound,
+        device=device,
+        micro_batch=micro_batch,
+        closing=closing,
+    )
+    names = list(engine.chunks)
+    gathered_names = frozenset(c.name for c in chunks if c.role is Role.EMBEDDING)
+    runtime.training_schedule(names, frozenset(), "backward", gathered=gathered_names)
+    head = _stream_modules(runtime, model, chunks, tile_bytes)
+    model.__class__ = streamed_class(type(model))
+    assert isinstance(model, StreamedModel)
+    model._runtime = runtime
+    model._head = head
+    model._training_side = Training(runtime, disk, scratch, gathered_names, options)
+    model.eval() if not trainable else model.train()
+
+
+def _stream_modules(
+    runtime: Runtime, model: PreTrainedModel, chunks: Sequence[ModuleChunk], tile_bytes: int
+) -> StreamedHead | None:
+    embedding: StreamedEmbedding | None = None
+    head: StreamedHead | None = None
+    names = {id(m): n for n, m in model.named_modules()}
+    for chunk in chunks:
+        module = chunk.modules[0]
+        if chunk.role in (Role.EMBEDDING, Role.TIED):
+            assert isinstance(module, nn.Embedding)
+            slot = f"{names[id(module)]}.weight"
+            embedding = StreamedEmbedding(runtime, chunk.name, slot, module)
+    for chunk in chunks:
+        if chunk.role in (Role.HEAD, Role.TIED):
+            module = chunk.modules[-1]
+            assert isinstance(module, nn.Linear)
+            head = StreamedHead(
+                runtime,
+                chunk.name,
+                module,
+                vocabulary=module.out_features,
+                tile_bytes=tile_bytes,
+                embedding=embedding if chunk.role is Role.TIED else None,
+            )
+        elif chunk.role in (Role.LAYER, Role.REST, Role.POSITIONS):
+            stream_module(
+                runtime,
+                chunk.name,
+                chunk.modules[0],
+                position_table=chunk.role is Role.POSITIONS,
+            )
+    return head
+
+
+def _backing(checkpoint: Checkpoint, layout: ChunkLayout, disk: DiskLanes) -> Backing:
+    keys = checkpoint.in_place(layout)
+    if keys is None:
+        return ConvertedBacking(checkpoint, layout)
+    plan = ReadPlan(checkpoint.index, list(keys.values()), lanes=disk)
+    return SourceBacking(plan, layout, keys)
+
+
+def _materialize(
+    model: PreTrainedModel,
+    chunks: Sequence[ModuleChunk],
+    device: torch.device,
+    *,
+    trainable: bool,
+) -> dict[str, nn.Parameter]:
+    """Replace meta parameters by placeholders on the device, ties kept; buffers move too."""
+    made: dict[int, nn.Parameter] = {}
+    by_name: dict[str, nn.Parameter] = {}
+    for chunk in chunks:
+        for name, parameter in chunk.parameters.items():
+            value = torch.full((), float("nan"), dtype=parameter.dtype, device=device)
+            made[id(parameter)] = by_name[name] = nn.Parameter(
+                value.expand(parameter.shape), requires_grad=trainable
+            )
+    for module in model.modules():
+        for leaf, old in module._parameters.items():
+            if old is not None:
+                module._parameters[leaf] = made[id(old)]
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[leaf] = buffer.to(device)
+    return by_name
+
+
+def _apply_dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters that the model keeps in fp32 that dtype, as from_pretrained does."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        wanted = next((d for pattern, d in plan.items() if re.search(pattern, name)), None)
+        if wanted is not None and wanted is not parameter.dtype:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._parameters[leaf] = nn.Parameter(
+                torch.empty(parameter.shape, dtype=wanted, device="meta")
+            )
+
+
+def _check_complete(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    chunks: Sequence[ModuleChunk],
+    folder: Path,
+) -> None:
+    missing = checkpoint.missing([n for c in chunks for n in c.parameters])
+    if missing:
+        raise SourceError(
+            f"{folder}: {len(missing)} tensors that {type(model).__name__} needs are not in the "
+            f"checkpoint, the first {missing[0]!r}. It is incomplete, or of another model."
+        )
+
+
+def _fingerprint(model: PreTrainedModel, chunks: Sequence[ModuleChunk]) -> dict[str, Any]:
+    """What a store belongs to: the class and every parameter's name, shape and dtype."""
+    lines = [f"{n} {tuple(p.shape)} {p.dtype}" for c in chunks for n, p in c.parameters.items()]
+    return {
+        "class": type(model).__name__,
+        "parameters": xxhash.xxh3_128_hexdigest("\n".join(lines).encode()),
+    }
+
+
+def find_folder(model: str | Path) -> Path:
+    """The folder of a checkpoint: as given, or from the hub's cache (downloading if need be)."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_absolute() or str(model).count("/") > 1:
+        raise InputError(f"{path}: there is no such model folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(model),
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            )
+        )
+    except Exception as error:
+        raise InputError(
+            f"{model!r} is neither a folder nor a model that the hub gave: {error}"
+        ) from error
+
+
+def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
+    chosen: Any = dtype or getattr(config, "dtype", None) or torch.float32
+    if isinstance(chosen, str):
+        chosen = getattr(torch, chosen, None)
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise InputError(f"dtype is {dtype!r}; give torch.bfloat16, torch.float16 or torch.float32")
+    return chosen
+
+
+def _store_paths(store: Any) -> dict[Path, float]:
+    if store is None:
+        return {}
+    if isinstance(store, (str, Path)):
+        return {Path(store): 1.0}
+    if isinstance(store, Mapping):
+        return {Path(p): float(w) for p, w in store.items()}
+    return {Path(p): 1.0 for p in store}

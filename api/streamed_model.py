@@ -1,0 +1,186 @@
+"""The streamed model: still the ``PreTrainedModel`` the user knows, with its weights elsewhere.
+
+``streamed_class`` derives, from a transformers class, a class of the same name whose forward
+pass runs inside the stream and whose ``state_dict``, ``to`` and saving deal in real weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from headrace.offload.errors import HeadraceError
+from headrace.offload.loss import LazyLogits, StreamedHead
+from headrace.offload.runtime import Runtime
+from headrace.offload.schedule import Phase
+
+from .training import Training
+
+if TYPE_CHECKING:
+    from headrace.optim.torch_api import RuleOptimizer
+
+
+class StreamedModel(nn.Module):
+    """Mixin of every streamed model; made by ``headrace.load``, never by hand."""
+
+    # transformers evaluates the annotations of every model class, so these stay importable.
+    _runtime: Runtime
+    _head: StreamedHead | None
+    _training_side: Training
+
+    # Optimizers find the streamed parameters by this method (headrace.optim.ParameterHost).
+    def bind_optimizer(self, optimizer: RuleOptimizer) -> Training:
+        """Let ``optimizer``'s rules update the streamed parameters; opens the store."""
+        self._training_side.bind(optimizer)
+        return self._training_side
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip by the global norm at the next ``optimizer.step()``; returns the norm."""
+        return self._training_side.clip_grad_norm_(max_norm)
+
+    def close(self) -> None:
+        """Flush updates, stop the lanes, free memory; the model cannot be used afterwards."""
+        self._runtime.close()
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Moving is the stream's business: the same device is fine, another is refused."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        here = self._runtime.device
+        if dtype is not None and dtype != getattr(self, "dtype", dtype):
+            raise HeadraceError(
+                f"a streamed model cannot be cast to {dtype} in place; load it again with "
+                f"headrace.load(..., dtype={dtype})"
+            )
+        if device is not None and device.type != here.type:
+            raise HeadraceError(
+                f"a streamed model lives on {here} and cannot be moved to {device}; load it again "
+                f"with headrace.load(..., device={str(device)!r})"
+            )
+        return self
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: streamed layers recompute their activations by themselves."""
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: streamed layers recompute their activations by themselves."""
+
+    def chunk_tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Every chunk's real weights in host memory, one chunk at a time (copies)."""
+        runtime = self._runtime
+        runtime.flush()
+        runtime.engine.begin("forward")
+        for name in list(runtime.engine.chunks):
+            with runtime.engine.use_host(name, Phase.FORWARD) as views:
+                yield name, {n: v.clone() for n, v in views.items()}
+
+
+def _streamed_forward(kind: type[nn.Module]) -> Callable[..., Any]:
+    original = kind.forward
+    parameters = inspect.signature(original).parameters
+    takes_cache = "use_cache" in parameters
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(original).bind_partial(self, *args, **kwargs).arguments
+        batch = _batch_of(bound)
+        grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if grad and takes_cache:
+            # A cache would be filled twice, by the forward visit and by its recomputation.
+            if bound.get("past_key_values") is not None:
+                raise HeadraceError(
+                    "past_key_values was given while gradients are recorded; use torch.no_grad() "
+                    "for generation, or train without a cache"
+                )
+            kwargs["use_cache"] = False
+        labels = kwargs.get("labels", bound.get("labels"))
+        with self._runtime.forward_pass(batch, training=grad), _expecting(self._head, labels):
+            return original(self, *args, **kwargs)
+
+    return forward
+
+
+def _batch_of(arguments: Mapping[str, Any]) -> int:
+    for name in ("input_ids", "inputs_embeds", "pixel_values"):
+        value = arguments.get(name)
+        if isinstance(value, Tensor):
+            return value.shape[0]
+    for value in arguments.values():
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value.shape[0]
+    raise HeadraceError("the batch size cannot be seen: pass input_ids= or inputs_embeds=")
+
+
+@contextmanager
+def _expecting(head: StreamedHead | None, labels: Any) -> Iterator[None]:
+    if head is None or labels is None:
+        yield
+        return
+    head.loss_expected = True
+    try:
+        yield
+    finally:
+        head.loss_expected = False
+
+
+def _loss_function(kind: type[nn.Module]) -> property:
+    plain = kind.loss_function
+
+    def loss_function(self: Any) -> Callable[..., Tensor]:
+        function = plain.fget(self)  # type: ignore[attr-defined]
+
+        @functools.wraps(function)
+        def loss(logits: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+            if not isinstance(logits, LazyLogits):
+                return function(logits, labels, *args, **kwargs)
+            if args:
+                kwargs["vocab_size"] = args[0]
+            kwargs.pop("vocab_size", None)
+            head, *_ = logits.parts()
+            return head.loss(logits, labels, function, kwargs)
+
+        return loss
+
+    return property(loss_function, plain.fset)  # type: ignore[attr-defined]
+
+
+def _state_dict(kind: type[nn.Module]) -> Callable[..., Any]:
+    def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = kind.state_dict(self, *args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        total = sum(chunk.layout.nbytes for chunk in self._runtime.engine.chunks.values())
+        warnings.warn(
+            f"state_dict() of a streamed model gathers {total:,} bytes of weights in ordinary "
+            f"memory, beyond host_budget. headrace.export(model, folder) streams them instead.",
+            stacklevel=2,
+        )
+        by_parameter: dict[int, Tensor] = {}
+        for chunk, tensors in self.chunk_tensors():
+            for name, parameter in self._runtime.bound[chunk].parameters.items():
+                by_parameter[id(parameter)] = tensors[name]
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if id(parameter) in by_parameter and prefix + name in state:
+                state[prefix + name] = by_parameter[id(parameter)]
+        return state
+
+    return state_dict
+
+
+def streamed_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of the same name that is both ``kind`` and a ``StreamedModel``."""
+    body: dict[str, Any] = {
+        "forward": _streamed_forward(kind),
+        "state_dict": _state_dict(kind),
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    if isinstance(inspect.getattr_static(kind, "loss_function", None), property):
+        body["loss_function"] = _loss_function(kind)
+    return type(kind.__name__, (StreamedModel, kind), body)

@@ -1,0 +1,359 @@
+"""Full fine-tuning of a streamed model: the store, the states and the barrier of a step.
+
+``Training`` is what an optimizer meets (``headrace.optim.StreamedUpdates``): binding it lays the
+store out for its rules, streams the initial weights in, and opens gradients and updates;
+``finish_step`` ends each step and commits it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from headrace.offload.backing import StoreBacking
+from headrace.offload.chunk import ChunkLayout, Tile, plan_tiles
+from headrace.offload.engine import Chunk
+from headrace.offload.errors import BudgetError, HeadraceError
+from headrace.offload.extents import Region
+from headrace.offload.gradient import Gradients
+from headrace.offload.io import DiskLanes
+from headrace.offload.pool import Slab
+from headrace.offload.protocols import UpdateRule
+from headrace.offload.runtime import Runtime
+from headrace.offload.scratch import Scratch
+from headrace.offload.store import Store
+from headrace.offload.transfer import Transfer
+from headrace.offload.update import RING_SLABS, StateTiles, Updates
+
+if TYPE_CHECKING:
+    from headrace.optim.torch_api import RuleOptimizer
+
+TILE_BYTES = 16 << 20
+WEIGHT_SLABS = 3  # one updates, one uploads, one is read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOptions:
+    """How the mutable side of a run is kept."""
+
+    paths: Sequence[Path] | Mapping[Path, float]
+    update: str
+    durability: str
+    snapshot_every: int
+    fingerprint: Mapping[str, Any]
+    meta: Mapping[str, Any]
+    resume: bool = False
+
+
+@final
+class Training:
+    """The mutable side of one streamed model; closed until an optimizer is bound."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        lanes: DiskLanes,
+        scratch: Scratch | None,
+        gathered: frozenset[str],
+        options: TrainingOptions | None,
+    ) -> None:
+        self._runtime = runtime
+        self._lanes = lanes
+        self._scratch = scratch
+        self._gathered = gathered
+        self._options = options
+        self._optimizer: RuleOptimizer | None = None
+        self._factor: Tensor | None = None
+        self._clipped = False
+        self._owned: set[int] = set()
+        # Small mutable state of the run (RNG, adapters, ...), gathered at each commit.
+        self.user_state: Callable[[], tuple[dict[str, Any], dict[str, bytes]]] = lambda: ({}, {})
+        self.last_grad_norm: float | None = None
+
+    # Binding
+
+    def bind(self, optimizer: RuleOptimizer) -> None:
+        """Take an optimizer; with streamed trainable parameters, open the store for its rules."""
+        runtime = self._runtime
+        trainable = {
+            name: parameter
+            for bound in runtime.bound.values()
+            for name, parameter in bound.parameters.items()
+            if parameter.requires_grad
+        }
+        self._owned = {id(p) for p in trainable.values()}
+        if self._optimizer is not None and runtime.updates is not None:
+            raise HeadraceError(
+                "this model has an optimizer already, and the store is laid out for its states. "
+                "Load the model again to use another one."
+            )
+        self._optimizer = optimizer
+        if not trainable:
+            return
+        if self._options is None:
+            raise HeadraceError(
+                f"{len(trainable)} streamed parameters require gradients, but the model was "
+                f"loaded without a store. Load with train='all' and store='FOLDER'."
+            )
+        in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        left_out = [n for n, p in trainable.items() if id(p) not in in_optimizer]
+        if left_out:
+            raise HeadraceError(
+                f"{len(left_out)} streamed parameters require gradients but are not in the "
+                f"optimizer ({left_out[0]!r}, ...). Freeze them (requires_grad_(False)) first."
+            )
+        self._open(optimizer, trainable)
+
+    def _layouts(self) -> dict[str, ChunkLayout]:
+        layouts: dict[str, ChunkLayout] = {}
+        for name, chunk in self._runtime.engine.chunks.items():
+            parameters = self._runtime.bound[name].parameters
+            names = frozenset(n for n, p in parameters.items() if p.requires_grad)
+            if names:
+                layouts[name] = chunk.layout.restricted_to(names)
+        return layouts
+
+    def _open(self, optimizer: RuleOptimizer, trainable: dict[str, nn.Parameter]) -> None:
+        runtime, options, engine = self._runtime, self._options, self._runtime.engine
+        assert options is not None
+        layouts = self._layouts()
+        rules = {name: optimizer.rule_for(p) for name, p in trainable.items()}
+        tiles: dict[str, tuple[Tile, ...]] = {
+            n: plan_tiles(layout, dict(rules), tile_bytes=TILE_BYTES)
+            for n, layout in layouts.items()
+        }
+        store = self._open_store(layouts, tiles)
+        runtime.store = store
+        on_device = frozenset(n for n in layouts if n not in self._gathered or self._tied(n))
+        hold_all, ring, resident = self._place(layouts, tiles, on_device)
+        states = StateTiles(
+            store, tiles, ring, resident, write_through=options.durability == "step"
+        )
+        order = tuple(
+            name
+            for name in (n for b in runtime.bound.values() for n in b.parameters)
+            if name in trainable
+        )
+
+        def slot_update(name: str) -> tuple[UpdateRule, Mapping[str, Any], int]:
+            parameter = trainable[name]
+            return rules[name], optimizer.hyper_for(parameter), optimizer.noise_seed(parameter)
+
+        updates = Updates(
+            engine,
+            store,
+            states,
+            layouts=layouts,
+            mode=options.update,
+            slot_update=slot_update,
+            parameter_order=order,
+            write_through=options.durability == "step",
+        )
+        early = options.update == "backward" and store.can_roll_back()
+        updates.gradients = Gradients(
+            engine,
+            layouts,
+            on_device=on_device,
+            hold_all=hold_all,
+            scratch=None if early or hold_all else self._scratch,
+            complete=updates.add,
+        )
+        runtime.gradients, runtime.updates = updates.gradients, updates
+        runtime.training_schedule(list(engine.chunks), frozenset(layouts), options.update)
+        runtime.closing.callback(self._close)
+
+    def _tied(self, name: str) -> bool:
+        return not self._runtime.engine.chunks[name].gathered
+
+    def _open_store(
+        self, layouts: dict[str, ChunkLayout], tiles: dict[str, tuple[Tile, ...]]
+    ) -> Store:
+        options, runtime = self._options, self._runtime
+        assert options is not None
+        chunks = runtime.engine.chunks
+        if options.resume:
+            store = Store.open(
+                list(options.paths), lanes=self._lanes, expect_fingerprint=options.fingerprint
+            )
+            for name in layouts:
+                self._rebase(chunks[name], store)
+            return store
+        regions = [Region(f"weights/{n}", chunks[n].layout.nbytes) for n in layouts]
+        regions += [Region(t.region, t.nbytes) for of_chunk in tiles.values() for t in of_chunk]
+        store = Store.create(
+            options.paths,
+            regions,
+            durability=options.durability,  # type: ignore[arg-type]
+            fingerprint=options.fingerprint,
+            meta=options.meta,
+            lanes=self._lanes,
+            snapshot_every=options.snapshot_every,
+        )
+        for name in layouts:
+            self._import(chunks[name], store)
+        if options.durability != "none":
+            user, blobs = self._record()
+            store.commit(user, blobs=blobs)
+        return store
+
+    def _rebase(self, chunk: Chunk, store: Store) -> None:
+        self._runtime.engine.drain()
+        self._runtime.engine.forget(chunk)
+        chunk.backing = StoreBacking(store, chunk.layout)
+
+    def _import(self, chunk: Chunk, store: Store) -> None:
+        """Copy a chunk's initial weights into the store, one chunk in memory at a time."""
+        engine = self._runtime.engine
+        engine.drain()
+        engine.forget(chunk)
+        source = engine.acquire_host(f"import {chunk.name}", chunk.backing.host_nbytes)
+        chunk.backing.read(source.view[: chunk.backing.host_nbytes], f"import {chunk.name}").wait()
+        target = source
+        if chunk.backing.host_slots != chunk.layout.slots:
+            target = engine.acquire_host(f"import {chunk.name}", chunk.layout.nbytes)
+            from_bytes = np.frombuffer(source.view, np.uint8)
+            to_bytes = np.frombuffer(target.view, np.uint8)
+            to_bytes[: chunk.layout.nbytes] = 0  # padding is part of the checksum
+            for s in chunk.backing.segments:
+                to_bytes[s.target : s.target + s.nbytes] = from_bytes[
+                    s.source : s.source + s.nbytes
+                ]
+            del from_bytes, to_bytes
+            engine.host.release(source)
+        chunk.backing = StoreBacking(store, chunk.layout)
+        chunk.backing.write(target.view[: chunk.layout.nbytes]).wait()
+        engine.host.release(target)
+
+    def _place(
+        self,
+        layouts: dict[str, ChunkLayout],
+        tiles: dict[str, tuple[Tile, ...]],
+        on_device: frozenset[str],
+    ) -> tuple[bool, list[Slab], dict[str, list[Slab]]]:
+        """Divide the host budget: what moves, then gradients, then weights, then states."""
+        runtime, options = self._runtime, self._options
+        assert options is not None
+        engine = runtime.engine
+        limit = runtime.host_budget.limit_bytes
+        largest_tile = max(t.nbytes for of_chunk in tiles.values() for t in of_chunk)
+        largest_chunk = max(c.backing.host_nbytes for c in engine.chunks.values())
+        moving = RING_SLABS * largest_tile + WEIGHT_SLABS * largest_chunk
+        ring_gradients = Gradients.host_bytes(layouts, hold_all=False)
+        all_gradients = Gradients.host_bytes(layouts, hold_all=True)
+        weights = sum(c.backing.host_nbytes for c in engine.chunks.values())
+        least = 2 * largest_tile + largest_chunk + ring_gradients
+        if least > limit:
+            name = max(engine.chunks, key=lambda n: engine.chunks[n].backing.host_nbytes)
+            raise BudgetError(
+                f"full fine-tuning needs at least {least:,} bytes on HOST (chunk {name!r} of "
+                f"{largest_chunk:,}, gradients {ring_gradients:,}, two state tiles of "
+                f"{largest_tile:,}), but the budget is {limit:,}. Raise host_budget."
+            )
+        waits = options.update == "forward" or options.durability != "step"
+        hold_all = waits and moving + all_gradients <= limit
+        left = limit - moving - (all_gradients if hold_all else ring_gradients) - weights
+        ring_count = RING_SLABS if moving + ring_gradients <= limit else 2
+        ring = [engine.acquire_host("state tiles", largest_tile) for _ in range(ring_count)]
+        resident: dict[str, list[Slab]] = {}
+        for name, of_chunk in tiles.items():
+            size = sum(t.nbytes for t in of_chunk)
+            if size <= left:
+                resident[name] = [engine.acquire_host("states", t.nbytes) for t in of_chunk]
+                left -= size
+        return hold_all, ring, resident
+
+    def _close(self) -> None:
+        updates, store = self._runtime.updates, self._runtime.store
+        if updates is not None:
+            updates.flush()
+            updates.close()
+        if store is not None:
+            store.close()
+
+    # StreamedUpdates
+
+    def owns(self, parameter: nn.Parameter) -> bool:
+        """Whether the stream updates this parameter."""
+        return id(parameter) in self._owned
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Compute the global norm now; the next ``finish_step`` scales by it."""
+        updates = self._runtime.updates
+        if updates is None or self._optimizer is None:
+            parameters = [
+                p
+                for bound in self._runtime.bound.values()
+                for p in bound.parameters.values()
+                if p.grad is not None
+            ]
+            return nn.utils.clip_grad_norm_(parameters, max_norm)
+        norm = self._norm(self._optimizer, updates)
+        self._factor = updates.scale(norm, max_norm) if max_norm != float("inf") else None
+        self._clipped = True
+        return norm
+
+    def _norm(self, optimizer: RuleOptimizer, updates: Updates) -> Tensor:
+        resident = [torch.linalg.vector_norm(g) for g in optimizer.resident_gradients()]
+        return updates.total_norm(resident)
+
+    def finish_step(self) -> bool:
+        """End the step of the streamed parameters and commit it; False if it was skipped."""
+        runtime, optimizer = self._runtime, self._optimizer
+        updates = runtime.updates
+        assert optimizer is not None
+        if updates is None:
+            runtime.end_step()
+            return True
+        if optimizer.max_grad_norm is not None and not self._clipped:
+            norm = self._norm(optimizer, updates)
+            self._factor = updates.scale(norm, optimizer.max_grad_norm)
+            self.last_grad_norm = optimizer.last_grad_norm = float(norm)
+        factor, self._factor, self._clipped = self._factor, None, False
+        done = updates.finish_step(factor, self._commit_with(self._record()))
+        if factor is not None and done:
+            optimizer.scale_resident_gradients(factor)
+        runtime.end_step()
+        return done
+
+    def _record(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        user, blobs = self.user_state()
+        updates = self._runtime.updates
+        counters = {
+            "slot_steps": dict(updates.slot_steps) if updates is not None else {},
+            "steps": updates.steps if updates is not None else 0,
+            "skipped_steps": updates.skipped_steps if updates is not None else 0,
+        }
+        return {"training": counters, "user": user}, blobs
+
+    def _commit_with(
+        self, before: tuple[dict[str, Any], dict[str, bytes]]
+    ) -> Callable[[], Transfer] | None:
+        store, updates = self._runtime.store, self._runtime.updates
+        assert store is not None and updates is not None and self._options is not None
+        if self._options.durability == "none":
+            return None
+        user, blobs = before
+
+        def commit() -> Transfer:
+            counters = user["training"]
+            counters["slot_steps"] = dict(updates.slot_steps)
+            counters["steps"], counters["skipped_steps"] = updates.steps, updates.skipped_steps
+            return store.commit_async(user, blobs=blobs)
+
+        return commit
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step counters; the states themselves are in the store."""
+        updates = self._runtime.updates
+        return {"slot_steps": dict(updates.slot_steps) if updates is not None else {}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore step counters."""
+        if self._runtime.updates is not None:
+            self._runtime.updates.slot_steps = dict(state["slot_steps"])
