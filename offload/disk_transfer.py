@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,14 +34,26 @@ class Part:
     wanted_bytes: int
 
 
+class Watchdog(ABC):
+    """Who a waiting transfer asks whether waiting has any sense, and tells what it raised."""
+
+    @abstractmethod
+    def raise_if_stuck(self) -> None:
+        """Raise ``StuckLaneError`` if a request has been running for too long."""
+
+    @abstractmethod
+    def failure_was_raised(self) -> None:
+        """Note that the caller has seen the failure, so that it need not be raised at the end."""
+
+
 @final
 class DiskTransfer(Transfer):
     """A transfer on a disk lane; ends when its last request and its hook have ended."""
 
-    def __init__(self, label: str, nbytes: int, watch: Callable[[], None]) -> None:
+    def __init__(self, label: str, nbytes: int, watchdog: Watchdog) -> None:
         self.label = label
         self.nbytes = nbytes
-        self._watch = watch
+        self._watchdog = watchdog
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -53,13 +66,14 @@ class DiskTransfer(Transfer):
             rest = 0.25 if limit is None else min(0.25, limit - time.monotonic())
             if self._ended.wait(max(rest, 0.0)):
                 break
-            self._watch()
+            self._watchdog.raise_if_stuck()
             if limit is not None and time.monotonic() >= limit:
                 raise StuckLaneError(
                     f"{self.label} ({self.nbytes:,} bytes) did not end within {timeout_seconds:g} "
                     f"seconds. Look at the system log for the disk, or raise the time limit."
                 )
         if self._error is not None:
+            self._watchdog.failure_was_raised()
             kind = type(self._error) if isinstance(self._error, LaneError) else LaneError
             cause = self._error.__cause__ or self._error
             raise kind(f"{self.label} ({self.nbytes:,} bytes) failed: {self._error}") from cause
@@ -67,7 +81,7 @@ class DiskTransfer(Transfer):
     def settle(self) -> None:
         """Wait until the transfer has ended, well or badly; raise only if its lane is stuck."""
         while not self._ended.wait(0.25):
-            self._watch()
+            self._watchdog.raise_if_stuck()
 
     def done(self) -> bool:
         """Whether the transfer has ended."""
@@ -107,6 +121,7 @@ class Order:
     ) -> None:
         self.operation = operation
         self.transfer = transfer
+        self.files = [part.file for part in parts]
         # A deque, not arguments of the executor's work items: those outlive the request, and
         # a view that is alive when the transfer has ended keeps its slab from being unmapped.
         self.requests = deque(cut(parts, request_bytes))

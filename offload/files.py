@@ -16,6 +16,7 @@ import ctypes
 import errno
 import os
 import stat
+import threading
 import warnings
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +68,9 @@ class DirectFile:
         self.path = path
         self.writable = writable
         self._fd: int | None = fd
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._closing = False
         self.nbytes = os.fstat(fd).st_size
         self.direct, self.alignment = self._turn_direct(fd)
 
@@ -138,11 +142,39 @@ class DirectFile:
             raise ValueError(f"{self.path} is closed")
         return self._fd
 
+    @property
+    def closed(self) -> bool:
+        """Whether the descriptor has been closed."""
+        return self._fd is None
+
+    def hold(self) -> None:
+        """Keep the descriptor open until ``let_go``, for a transfer in flight."""
+        with self._lock:
+            if self._closing:
+                raise ValueError(f"{self.path} is closed")
+            self._holders += 1
+
+    def let_go(self) -> None:
+        """End one ``hold``."""
+        with self._lock:
+            self._holders -= 1
+        self._close_if_free()
+
     def close(self) -> None:
-        """Close the descriptor; a second call does nothing."""
-        if self._fd is not None:
+        """Take no more transfers and close the descriptor once those in flight have ended.
+
+        Closing it under them could hand its number, and their bytes, to another file.
+        """
+        with self._lock:
+            self._closing = True
+        self._close_if_free()
+
+    def _close_if_free(self) -> None:
+        with self._lock:
+            if not self._closing or self._holders or self._fd is None:
+                return
             fd, self._fd = self._fd, None
-            os.close(fd)
+        os.close(fd)
 
     def __enter__(self) -> Self:
         return self

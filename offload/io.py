@@ -16,11 +16,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, final
 
-from .disk_transfer import DiskTransfer, Order, Part, checked_part
+from .disk_transfer import DiskTransfer, Order, Part, Watchdog, checked_part
 from .errors import LaneError, StuckLaneError
 from .faults import Faults, Operation, SystemCalls
 from .files import DirectFile
@@ -47,7 +48,7 @@ class _Running:
 
 
 @final
-class DiskLanes:
+class DiskLanes(Watchdog):
     """Two lanes of threads that move bytes between files and host memory.
 
     ``request_bytes`` (a multiple of 4096) is what one system call moves; ``hang_timeout_seconds``
@@ -95,6 +96,7 @@ class DiskLanes:
         self._running: dict[int, _Running] = {}
         self._unfinished: set[DiskTransfer] = set()
         self._failure: BaseException | None = None
+        self._failure_raised = False
         self._closed = False
 
     # Transfers #
@@ -150,11 +152,16 @@ class DiskLanes:
         """Move several parts, perhaps of several files, as one transfer."""
         self.raise_if_failed()
         nbytes = sum(part.wanted_bytes for part in parts)
-        transfer = DiskTransfer(label, nbytes, self.raise_if_stuck)
+        transfer = DiskTransfer(label, nbytes, self)
         order = Order(operation, transfer, parts, self.request_bytes, hook)
         with self._lock:
             if self._closed or not self._pools:
                 raise LaneError(f"{label}: the disk lanes are not open; use them inside `with`")
+            with ExitStack() as held:
+                for part in parts:
+                    part.file.hold()
+                    held.callback(part.file.let_go)
+                held.pop_all()  # from here on the order lets go
             self._unfinished.add(transfer)
         waiting = [earlier for earlier in after if not earlier.done()]
         if not waiting:
@@ -244,6 +251,8 @@ class DiskLanes:
     def _finish(self, order: Order) -> None:
         order.hook = None  # it holds the view
         # A transfer that was still open when the lanes stopped may lack bytes.
+        for file in order.files:
+            file.let_go()
         order.transfer.end(self._failure)
         with self._idle:
             self._unfinished.discard(order.transfer)
@@ -272,6 +281,7 @@ class DiskLanes:
     def raise_if_failed(self) -> None:
         """Raise the error that stopped the lanes, if one did."""
         if self._failure is not None:
+            self._failure_raised = True
             raise LaneError(
                 f"the disk lanes have stopped: {self._failure}. "
                 f"Repair the cause, then resume from the last committed step."
@@ -290,6 +300,10 @@ class DiskLanes:
                     f"{self._hang_timeout_seconds:g}) in {running.what}. The disk does not answer: "
                     f"look at the system log. Nothing committed is lost."
                 )
+
+    def failure_was_raised(self) -> None:
+        """Note that a waiting transfer has raised the failure."""
+        self._failure_raised = True
 
     # Lifetime #
 
@@ -313,14 +327,16 @@ class DiskLanes:
     def close(self, *, cancel: bool = False) -> None:
         """Wait for every transfer (or drop those not started) and end the threads.
 
-        Raises ``StuckLaneError`` when a request never returns: its thread cannot be ended.
+        Raises ``StuckLaneError`` when a request never returns: its thread cannot be ended; and
+        ``LaneError`` for a failure that nobody has waited for.
         """
         with self._idle:
             if self._closed:
                 return
             self._closed = True
-            if cancel and self._failure is None and self._unfinished:
+            if cancel and self._failure is None:
                 self._failure = LaneError("the disk lanes were closed before it was moved")
+                self._failure_raised = True  # it is the block's own exception that matters
         try:
             while not self._all_ended(0.25):
                 self.raise_if_stuck()
@@ -332,6 +348,8 @@ class DiskLanes:
             pool.shutdown(wait=True)
         for requests in self._requests:
             requests.close()
+        if self._failure is not None and not self._failure_raised and not cancel:
+            self.raise_if_failed()
 
     def _all_ended(self, seconds: float) -> bool:
         with self._idle:

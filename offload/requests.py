@@ -182,6 +182,8 @@ class _BufferedHandles:
     ) -> int:
         handle = self._handles.get(file)
         if handle is None:
+            for stale in [known for known in self._handles if known.closed]:
+                await self._handles.pop(stale).close()
             mode = "r+b" if file.writable else "rb"
             handle = await aiofiles.open(file.path, mode, buffering=0)
             self._handles[file] = handle

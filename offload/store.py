@@ -277,13 +277,16 @@ class Store:
         return state
 
     def _raise_if_unusable(self) -> None:
+        self._raise_if_failed()
+        if self._closed:
+            raise StoreError(f"the store {self._folders[0]} is closed")
+
+    def _raise_if_failed(self) -> None:
         if self._failure is not None:
             raise StoreError(
                 f"a commit of {self._folders[0]} failed: {self._failure}. The state of the last "
                 f"commit before it is intact; repair the cause and resume."
             ) from self._failure
-        if self._closed:
-            raise StoreError(f"the store {self._folders[0]} is closed")
 
     def written(self, region: str) -> bool:
         """Whether the region holds bytes: states are made only when they are first needed."""
@@ -338,7 +341,7 @@ class Store:
                 state.pending, state.working = state.working, None
             nbytes = sum(state.layout.nbytes for state in moved)
             label = f"commit of step {self._step}"
-            transfer = DiskTransfer(label, nbytes, self._lanes.raise_if_stuck)
+            transfer = DiskTransfer(label, nbytes, self._lanes)
             self._committing = transfer
         self._commit_thread.submit(self._carry_out, transfer, moved, self._step, user, kept)
         return transfer
@@ -473,7 +476,13 @@ class Store:
     # Lifetime #
 
     def close(self) -> None:
-        """Wait for a pending commit, then free files and locks; uncommitted writes are dropped."""
+        """Wait for a pending commit, then free files and locks; uncommitted writes are dropped.
+
+        Raises ``StoreError`` if a commit failed.
+        """
+        self._end(raise_failure=True)
+
+    def _end(self, *, raise_failure: bool) -> None:
         with self._lock:
             if self._closed:
                 return
@@ -493,8 +502,8 @@ class Store:
                 raise
             self._commit_thread.shutdown(wait=True)
             self._requests.close()
-        if self._failure is None:
-            self._wait_for_commit()
+        if raise_failure:
+            self._raise_if_failed()
 
     def __enter__(self) -> Self:
         return self
@@ -505,4 +514,5 @@ class Store:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        # An exception of the block is not to be hidden behind the commit that it broke.
+        self._end(raise_failure=exc is None)
