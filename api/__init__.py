@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .budgets import default_budgets, parse_bytes
     from .errors import DataError, InputError
     from .loading import load
-    from .reporting import Report, report
+    from .reporting import Report, report, statistics
     from .tuning import TuneOptions, TuneResult, tune
 
 _HOMES = MappingProxyType(
@@ -30,6 +30,7 @@ _HOMES = MappingProxyType(
         "load": "loading",
         "parse_bytes": "budgets",
         "report": "reporting",
+        "statistics": "reporting",
         "tune": "tuning",
     }
 )
@@ -44,6 +45,7 @@ __all__ = [
     "load",
     "parse_bytes",
     "report",
+    "statistics",
     "tune",
 ]
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from headrace.offload.budget import BudgetStatistics
+    from headrace.offload.runtime import EngineStatistics
     from headrace.offload.timeline import LaneStatistics
 
 
@@ -246,13 +247,27 @@ def _text_table(title: str, header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def statistics(model: nn.Module) -> EngineStatistics:
+    """Return a snapshot of a streamed model's run; adapters wrapped around it are seen through.
+
+    Example: ``headrace.statistics(model).budgets[Tier.HOST].peak_bytes``.
+    """
+    from .streamed_model import StreamedModel
+
+    for module in model.modules():
+        if isinstance(module, StreamedModel):
+            return module._runtime.statistics()
+    raise InputError(
+        f"{type(model).__name__} is not streamed, so it has no statistics; open it with "
+        f"headrace.load"
+    )
+
+
 def report(model: nn.Module, *, tokens_per_step: int | None = None) -> Report:
     """Return what a streamed model did so far; see ``Report``.
 
     ``print(headrace.report(model))`` shows text; a notebook shows the page.
     """
-    from .loading import statistics
-
     found = statistics(model)
     last = found.last_step
     return Report.from_statistics(

@@ -81,9 +81,10 @@ def tune(options: TuneOptions, *, watcher: Watcher | None = None) -> TuneResult:
 
 @contextmanager
 def _opened(options: TuneOptions) -> Iterator[PreTrainedModel]:
-    from . import loading
+    from .loading import load
+    from .streamed_model import StreamedModel
 
-    model = loading.load(
+    model = load(
         str(Path(options.model).expanduser()) if Path(options.model).exists() else options.model,
         train="adapters" if options.method == "lora" else "all",
         device=options.device,
@@ -93,10 +94,11 @@ def _opened(options: TuneOptions) -> Iterator[PreTrainedModel]:
         micro_batch=options.micro_batch,
         update=options.update,
     )
+    assert isinstance(model, StreamedModel)
     try:
         yield model
     finally:
-        loading.close(model)
+        model.close()
 
 
 def _with_adapters(options: TuneOptions, model: PreTrainedModel) -> Any:
