@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: headrace tune --demo --out tuned",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_doctor, _add_tune, _add_report):
+    for add in (_add_doctor, _add_tune, _add_verify, _add_report):
         add(commands)
     return parser
 
@@ -173,6 +173,38 @@ def _tune(chosen: argparse.Namespace) -> _Output:
             f"({change:+.4f})",
         )
     return _Output("\n".join([*lines, "", str(result.report)]), result.to_json())
+
+
+# verify
+
+
+def _add_verify(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "verify",
+        "check a store against its checksums, or a checkpoint's shards against their headers",
+        "  headrace verify tuned.store",
+    )
+    command.add_argument(
+        "folders", type=Path, nargs="+", help="every folder of one store, or one checkpoint"
+    )
+    command.set_defaults(run=_verify)
+
+
+def _verify(chosen: argparse.Namespace) -> _Output:
+    from .verifying import verify
+
+    checks = list(verify(chosen.folders))
+    bad = [check for check in checks if not check.ok]
+    total = format_bytes(sum(check.nbytes for check in checks))
+    lines = [f"{check.name}: {check.reason}" for check in bad]
+    lines.append(
+        f"{len(bad)} of {len(checks)} parts are damaged"
+        if bad
+        else f"{len(checks)} parts, {total}: all is well"
+    )
+    record = {"ok": not bad, "checks": [check.to_json() for check in checks]}
+    return _Output("\n".join(lines), record, exit_code=2 if bad else 0)
 
 
 # report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -77,7 +78,8 @@ def load(
         skeleton = auto_class.from_config(config, dtype=kind)  # type: ignore[attr-defined]
     _apply_dtype_plan(skeleton, kind)
     skeleton.tie_weights()
-    checkpoint = Checkpoint(skeleton, folder, kind)
+    # Conversion works on a twin that stays on meta: the model itself is about to be streamed.
+    checkpoint = Checkpoint(copy.deepcopy(skeleton), folder, kind)
     chunks = cut(skeleton)
     _check_complete(skeleton, checkpoint, chunks, folder)
     budgets = default_budgets(str(target), device_budget=device_budget, host_budget=host_budget)

@@ -173,8 +173,8 @@ class Report:
                     "-" if tokens is None or lane.lane == "compute" else f"{tokens:,.0f}",
                 ]
             )
-        waits = sorted(self.stall_seconds.items(), key=lambda item: -item[1])
-        stalls = [[reason, f"{seconds:.2f}"] for reason, seconds in waits]
+        waits = sorted(self.stall_seconds.items(), key=lambda item: -item[1])[:_STALLS_SHOWN]
+        stalls = [[reason, f"{seconds:.2f}"] for reason, seconds in waits if seconds >= 0.005]
         tables = [
             ("Peak bytes", ["tier", "peak", "budget", "used"], tiers),
             (
@@ -211,6 +211,8 @@ class Report:
         """Write the page to a file."""
         path.write_text(self.to_html(), encoding="utf-8")
 
+
+_STALLS_SHOWN = 8
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Headrace report</title>

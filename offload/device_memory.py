@@ -52,6 +52,10 @@ class DevicePool(ABC):
         """Give a slot back for reuse; nothing on the device may still be using it."""
 
     @abstractmethod
+    def trim(self) -> None:
+        """Free idle slots: their bytes leave the ledger."""
+
+    @abstractmethod
     def close(self) -> None:
         """Free everything."""
 
@@ -85,6 +89,10 @@ class RamPool(DevicePool):
         slab, slot.slab = slot.slab, None
         slot.buffer = torch.empty(0, dtype=torch.uint8)
         self._slabs.release(slab)
+
+    def trim(self) -> None:
+        """Unmap idle slabs."""
+        self._slabs.trim()
 
     def close(self) -> None:
         """Unmap every slab."""
@@ -126,10 +134,14 @@ class CudaPool(DevicePool):
         """Keep the allocation for the next request of its size."""
         self._idle.append(slot)
 
-    def close(self) -> None:
+    def trim(self) -> None:
         """Free every idle slot."""
         while self._idle:
             self._free(self._idle.pop())
+
+    def close(self) -> None:
+        """Free every idle slot; those lent out are their borrowers'."""
+        self.trim()
 
 
 def open_device_pool(budget: Budget, device: torch.device) -> DevicePool:

@@ -167,7 +167,6 @@ class Engine:
                 chunk.residency in (Residency.HOST, Residency.BOTH)
                 and not chunk.users
                 and not chunk.writing
-                and not self.has_update(chunk)
             ):
                 yield chunk.name
 
@@ -201,6 +200,17 @@ class Engine:
         self.drop_device(self.chunks[victim])
         return True
 
+    def free_device(self, farther_than: int) -> bool:
+        """Give device memory of idle slots, or of a chunk needed late, back to the ledger."""
+        before = self.device.budget.free_bytes
+        self.device.trim()
+        if self.device.budget.free_bytes > before:
+            return True
+        if not self._evict_device(farther_than):
+            return False
+        self.device.trim()
+        return True
+
     def _drop_slab(self, chunk: Chunk) -> None:
         assert chunk.slab is not None
         slab, chunk.slab = chunk.slab, None
@@ -214,7 +224,7 @@ class Engine:
     def release_slot(self, chunk: Chunk) -> None:
         """Return a chunk's device slot to the pool."""
         assert chunk.slot is not None
-        chunk.device_views = {}
+        chunk.device_views.clear()  # a visit's frame may still hold the dict, not the tensors
         slot, chunk.slot = chunk.slot, None
         self.device.release(slot)
 
@@ -394,7 +404,12 @@ class Engine:
             self._make_host(chunk)
             assert chunk.slab is not None
             buffer = slab_tensor(chunk.slab)
-            yield {slot.name: slot.view(buffer) for slot in chunk.backing.host_slots}
+            views = {slot.name: slot.view(buffer) for slot in chunk.backing.host_slots}
+            del buffer
+            try:
+                yield views
+            finally:
+                views.clear()  # the caller's frame must not keep the slab from being given up
         finally:
             chunk.users -= 1
         self.pump()

@@ -42,6 +42,7 @@ _POINTWISE = frozenset(
         Tensor.tanh,
         Tensor.float,
         Tensor.to,
+        Tensor.contiguous,
         torch.div,
         torch.mul,
         torch.tanh,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ def round_up(nbytes: int, multiple: int = PAGE_BYTES) -> int:
     (4096, 4096, 8192)
     """
     return -(-nbytes // multiple) * multiple
+
+
+_VIEW_GRACE_SECONDS = 1.0
 
 
 @final
@@ -85,13 +89,22 @@ class _Mapping:
     def unmap(self, unpin: PinCallback | None) -> None:
         # Closing first would leave the device driver with a registered hole; but a mapping in
         # use must not be unpinned either.  resize() to the same size asks for exports only.
-        try:
-            self._map.resize(len(self._map))
-        except BufferError as error:
-            raise SlabInUseError(
-                f"a slab of {self.nbytes:,} bytes at {self.address:#x} was to be unmapped, but a "
-                f"view of it (perhaps inside a tensor) is alive. Drop views before releasing it."
-            ) from error
+        # A lane's thread says that a copy has ended before it leaves the call that held the
+        # views, so an export may outlive its transfer by a moment.
+        deadline = time.monotonic() + _VIEW_GRACE_SECONDS
+        while True:
+            try:
+                self._map.resize(len(self._map))
+                break
+            except BufferError as error:
+                if time.monotonic() < deadline:
+                    time.sleep(0.0005)
+                    continue
+                raise SlabInUseError(
+                    f"a slab of {self.nbytes:,} bytes at {self.address:#x} was to be unmapped, "
+                    f"but a view of it (perhaps inside a tensor) is alive. Drop views before "
+                    f"releasing it."
+                ) from error
         if unpin is not None:
             unpin(self.address, self.nbytes)
         self._map.close()
