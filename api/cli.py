@@ -17,6 +17,7 @@ from typing import Any, NoReturn, final
 
 from headrace.offload.errors import HeadraceError
 
+from .budgets import format_bytes
 from .errors import InputError
 
 _USER_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
