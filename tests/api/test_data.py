@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from headrace.data import (
@@ -24,30 +24,13 @@ from headrace.data import (
 )
 from headrace.errors import DataError, InputError
 
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 # Like templates that drop earlier reasoning: what a message renders to depends on later ones.
 REWRITING_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}{% if loop.last %} (last){% endif %}\n"
     "{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 PATH = Path("data.jsonl")
-
-
-def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: one token a byte, and two special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet])}
-    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
-    tokenizer.chat_template = template
-    return tokenizer
+MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 
 
 def texts(*items: str) -> list[Document]:
@@ -119,7 +102,7 @@ def test_a_file_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
 # Labels and rows
 
 
-def test_texts_are_packed_without_losing_or_moving_a_token() -> None:
+def test_texts_are_packed_without_losing_or_moving_a_token(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
     rows = tokenize(texts("abc", "defgh", "ij"), tokenizer, seq_len=4, path=PATH)
     stream = [token for i in range(len(rows)) for token in rows.row(i)[0]]
@@ -127,13 +110,15 @@ def test_texts_are_packed_without_losing_or_moving_a_token() -> None:
     assert len(rows) == 3 and rows.num_tokens == 12 and rows.is_label.all()
 
 
-def test_one_short_text_makes_one_short_row() -> None:
+def test_one_short_text_makes_one_short_row(make_tokenizer: MakeTokenizer) -> None:
     rows = tokenize(texts("abc"), make_tokenizer(), seq_len=64, path=PATH)
     assert (len(rows), rows.num_tokens) == (1, 4)
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), seq_len=st.integers(2, 30))
-def test_packing_keeps_the_stream(lengths: list[int], seq_len: int) -> None:
+def test_packing_keeps_the_stream(
+    lengths: list[int], seq_len: int, make_tokenizer: MakeTokenizer
+) -> None:
     tokenizer = make_tokenizer()
     items = [chr(97 + i) * length for i, length in enumerate(lengths)]
     stream = [t for item in items for t in [*tokenizer(item)["input_ids"], 1]]
@@ -142,7 +127,7 @@ def test_packing_keeps_the_stream(lengths: list[int], seq_len: int) -> None:
     assert rows.ids.tolist() == stream[:whole]
 
 
-def test_padded_texts_keep_one_row_each_and_are_cut() -> None:
+def test_padded_texts_keep_one_row_each_and_are_cut(make_tokenizer: MakeTokenizer) -> None:
     rows = tokenize(texts("abcdefgh", "ij"), make_tokenizer(), seq_len=5, packing="pad", path=PATH)
     batch = rows.batch([0, 1], pad_id=99)
     assert batch["input_ids"].shape == (2, 5)
@@ -152,7 +137,7 @@ def test_padded_texts_keep_one_row_each_and_are_cut() -> None:
     assert torch.equal(batch["labels"][0], batch["input_ids"][0])
 
 
-def test_only_the_assistant_is_learnt_and_its_end_of_turn() -> None:
+def test_only_the_assistant_is_learnt_and_its_end_of_turn(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
     talk = chat(
         ("system", "be kind"),
@@ -172,7 +157,7 @@ def test_only_the_assistant_is_learnt_and_its_end_of_turn() -> None:
     assert everything.is_label.all() and everything.ids.tolist() == ids.tolist()
 
 
-def test_a_chat_whose_answer_is_cut_off_leaves_no_row() -> None:
+def test_a_chat_whose_answer_is_cut_off_leaves_no_row(make_tokenizer: MakeTokenizer) -> None:
     talk = chat(("user", "a long question"), ("assistant", "no"))
     with pytest.raises(DataError, match="no row with a token to learn within 8 tokens"):
         tokenize([talk], make_tokenizer(), seq_len=8, path=PATH)
@@ -186,14 +171,16 @@ def test_a_chat_whose_answer_is_cut_off_leaves_no_row() -> None:
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ],
 )
-def test_a_template_that_cannot_serve_is_refused(template: str | None, reason: str) -> None:
+def test_a_template_that_cannot_serve_is_refused(
+    template: str | None, reason: str, make_tokenizer: MakeTokenizer
+) -> None:
     talk = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     with pytest.raises(DataError, match=reason) as caught:
         tokenize([talk], make_tokenizer(template), seq_len=100, path=PATH)
     assert str(caught.value).startswith("data.jsonl:1: ")
 
 
-def test_all_tokens_of_a_rewriting_template_can_be_learnt() -> None:
+def test_all_tokens_of_a_rewriting_template_can_be_learnt(make_tokenizer: MakeTokenizer) -> None:
     talk = chat(("user", "a"), ("assistant", "b"))
     rows = tokenize(
         [talk], make_tokenizer(REWRITING_TEMPLATE), seq_len=100, labels="all", path=PATH
@@ -201,7 +188,7 @@ def test_all_tokens_of_a_rewriting_template_can_be_learnt() -> None:
     assert rows.is_label.all()
 
 
-def test_a_sequence_length_of_one_is_refused() -> None:
+def test_a_sequence_length_of_one_is_refused(make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(InputError, match="sequence length is 1"):
         tokenize(texts("abc"), make_tokenizer(), seq_len=1, path=PATH)
 
@@ -270,7 +257,7 @@ def test_any_step_can_be_the_first_asked_for(seed: int, step: int) -> None:
     assert walked.rows(step) == fresh.rows(step)
 
 
-def test_rows_hold_five_bytes_a_token() -> None:
+def test_rows_hold_five_bytes_a_token(make_tokenizer: MakeTokenizer) -> None:
     rows = tokenize(texts("a" * 999), make_tokenizer(), seq_len=100, path=PATH)
     assert isinstance(rows, Rows)
     assert rows.ids.dtype == np.int32 and rows.is_label.dtype == np.bool_
