@@ -149,6 +149,13 @@ class Engine:
             self.timeline.record_stall(reason, time.perf_counter() - start)
         self.settle()
 
+    def settle_one(self, reason: str) -> bool:
+        """Wait for the oldest transfer in flight; False: there is none."""
+        if not self._in_flight:
+            return False
+        self.wait_for(self._in_flight[0][0], reason)
+        return True
+
     def oldest_in_flight(self) -> Transfer:
         """The transfer that has been in flight longest; asking for it when none is, is our bug."""
         assert self._in_flight, "waiting for memory that nothing in flight will free"

@@ -26,6 +26,7 @@ from .errors import UnsupportedModelError
 from .runtime import Runtime
 from .schedule import Phase
 from .timeline import LaneName
+from .workspace import measured_graph_bytes
 
 Forward = Callable[..., Any]
 _PLAIN = (Tensor, int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -177,7 +178,7 @@ class _StreamedCall(torch.autograd.Function):
         ctx.random = RandomState(runtime.device)
         if runtime.gradients is not None and runtime.trains(name):
             runtime.gradients.expect(name)
-        joined = run_visit(runtime, name, call, outputs, tensors)
+        joined = run_visit(runtime, name, call, outputs, tensors, measure=True)
         ctx.parked = [runtime.parking.park(t) for t in tensors]
         ctx.mark_non_differentiable(*[t for t in joined if not t.is_floating_point()])
         return tuple(joined)
@@ -241,11 +242,44 @@ def _collect(call: Call, part: slice, inputs: list[Tensor], results: list[Tensor
             results[i] = gradient if result is None else result + gradient
 
 
+def measure_workspace(runtime: Runtime, name: str, call: Call, tensors: Sequence[Tensor]) -> None:
+    """The first time a kind of chunk meets a shape, find out what its backward visit needs."""
+    layout = runtime.engine.chunks[name].layout
+    kind = tuple((s.shape, s.dtype) for s in layout.slots)
+    shapes = tuple(t.shape for t in tensors)
+    if not runtime.workspace.is_new(kind, shapes, len(call.slices)):
+        return
+    part = call.slices[0]
+    inputs = [t.detach().requires_grad_() for t in call.take(tensors, part)]
+    known = {t.untyped_storage().data_ptr() for t in inputs}
+    known |= {p.untyped_storage().data_ptr() for p in runtime.bound[name].parameters.values()}
+    state = RandomState(runtime.device)
+    with state.restored():
+        graph = measured_graph_bytes(lambda: call.run(part, inputs), known)
+    hidden = sum(t.numel() * t.element_size() for t in tensors)
+    largest = max((s.nbytes for s in layout.slots), default=0)
+    rows = part.stop - part.start if len(call.slices) > 1 else "all"
+    runtime.workspace.reserve(
+        2 * graph + largest + 4 * hidden, f"chunk {name!r} with {rows} sequences a micro-batch"
+    )
+
+
 def run_visit(
-    runtime: Runtime, name: str, call: Call, outputs: Outputs, tensors: Sequence[Tensor]
+    runtime: Runtime,
+    name: str,
+    call: Call,
+    outputs: Outputs,
+    tensors: Sequence[Tensor],
+    *,
+    measure: bool = False,
 ) -> list[Tensor]:
-    """One forward visit: every micro-batch through the module, without a graph."""
+    """One forward visit: every micro-batch through the module, without a graph.
+
+    ``measure``: a backward visit will come, so its working memory is reserved first.
+    """
     with runtime.resident(name, Phase.FORWARD), torch.no_grad():
+        if measure:
+            measure_workspace(runtime, name, call, tensors)
         for part in call.slices:
             runtime.engine.pump()
             with runtime.timeline.span(LaneName.COMPUTE, f"forward {name}"):

@@ -28,6 +28,7 @@ from .layer import RandomState, streamed_forward
 from .runtime import Runtime
 from .schedule import Phase
 from .timeline import LaneName
+from .workspace import LOGIT_BYTES
 
 LossFunction = Callable[..., Tensor]
 Pointwise = Callable[[Tensor], Tensor]
@@ -185,11 +186,11 @@ class StreamedHead:
         tile_bytes: int,
         embedding: StreamedEmbedding | None,
     ) -> None:
-        """``tile_bytes`` bounds a tile's fp32 logits; ``embedding``: whose table is the head's."""
+        """``tile_bytes`` bounds a tile's logits and their kin; ``embedding``: whose table it is."""
         self.runtime, self.chunk, self.module = runtime, chunk, module
         self._kind = type(module)
         self._vocabulary = vocabulary
-        self._tile_tokens = max(tile_bytes // (4 * vocabulary), 1)
+        self._tile_tokens = max(tile_bytes // (LOGIT_BYTES * vocabulary), 1)
         self.embedding = embedding
         self.loss_expected = False
         module.forward = self._forward  # type: ignore[method-assign]
@@ -222,12 +223,29 @@ class StreamedHead:
             for start in range(0, tokens, self._tile_tokens):
                 yield LossTile(index, rows, slice(start, min(start + self._tile_tokens, tokens)))
 
+    def _reserve(self, tiles: Sequence[LossTile], hidden: Tensor) -> None:
+        """Hold the working memory of one tile and of the head's own gradient."""
+        tokens = max(
+            (t.rows.stop - t.rows.start) * hidden.shape[1]
+            if t.tokens is None
+            else t.tokens.stop - t.tokens.start
+            for t in tiles
+        )
+        weight = max(p.numel() * p.element_size() for p in self.module.parameters())
+        self.runtime.workspace.reserve(
+            tokens * self._vocabulary * LOGIT_BYTES
+            + weight
+            + 4 * hidden.numel() * hidden.element_size(),
+            f"the loss of {tokens:,} tokens at a time over a vocabulary of {self._vocabulary:,}",
+        )
+
     def loss(
         self, lazy: LazyLogits, labels: Tensor | None, loss_function: LossFunction, extra: dict
     ) -> Tensor:
         """The model's own loss of lazy logits, tile by tile."""
         _, hidden, operations = lazy.parts()
         tiles = tuple(self.tiles(hidden))
+        self._reserve(tiles, hidden)
         if len(tiles) > 1:
             labels, extra = _shifted(labels, loss_function, extra)
         work = _LossWork(self, tiles, operations, labels, loss_function, extra, lazy.shape[-1])

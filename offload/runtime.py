@@ -23,6 +23,7 @@ from .schedule import Phase, Schedule
 from .store import Store
 from .timeline import LaneName, LaneStatistics, Timeline
 from .update import Updates
+from .workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class Runtime:
     bound: dict[str, BoundParameters]
     device: torch.device
     micro_batch: int | None
+    workspace: Workspace
     closing: ExitStack
     store: Store | None = None
     gradients: Gradients | None = None
