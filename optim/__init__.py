@@ -1,7 +1,30 @@
 """Memory-efficient optimizers: bricks, recipes, and the torch.optim face."""
 
 from .adamw import AdamW
-from .recipes import adamw
+from .projected_recipes import (
+    apollo,
+    apollo_mini,
+    fira,
+    frugal,
+    galore_adamw,
+    galore_adamw_8bit,
+    grass,
+    natural_galore,
+    q_galore,
+)
+from .recipes import (
+    adafactor,
+    adam_mini,
+    adamw,
+    adamw_4bit,
+    adamw_8bit,
+    adamw_fp8,
+    lion,
+    lion_8bit,
+    sgd,
+    sign_sgd,
+    stable_adamw,
+)
 from .spec import TensorSpec
 from .streamed import ParameterHost, StreamedUpdates, UpdateRule
 from .torch_api import RuleOptimizer, memory
@@ -13,6 +36,25 @@ __all__ = [
     "StreamedUpdates",
     "TensorSpec",
     "UpdateRule",
+    "adafactor",
+    "adam_mini",
     "adamw",
+    "adamw_4bit",
+    "adamw_8bit",
+    "adamw_fp8",
+    "apollo",
+    "apollo_mini",
+    "fira",
+    "frugal",
+    "galore_adamw",
+    "galore_adamw_8bit",
+    "grass",
+    "lion",
+    "lion_8bit",
     "memory",
+    "natural_galore",
+    "q_galore",
+    "sgd",
+    "sign_sgd",
+    "stable_adamw",
 ]

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ..quant.rounding import CounterGenerator, seed_key
-from .arithmetic import exact_sqrt, fp32
+from .adam import Adam
+from .arithmetic import fp32
+from .brick_rule import BrickRule
 from .host import adamw as kernels
 from .host.bits import host_view
 from .masters import (
@@ -31,6 +33,7 @@ from .masters import (
 )
 from .seeds import fold_in
 from .spec import Shape, StateSpec, TensorSpec
+from .storage import encoding_of
 
 
 @final
@@ -99,6 +102,7 @@ class AdamW:
 
     def __init__(self, *, master: str = "fp32") -> None:
         self._master: MasterName = check_master(master)
+        self._bricks = BrickRule(Adam(), encoding_of("fp32"), master=master)
 
     @property
     def elementwise(self) -> bool:
@@ -135,12 +139,19 @@ class AdamW:
         element_offset: int,
     ) -> None:
         """Do one step in place; all tensors contiguous, the gradient in any of the float dtypes."""
-        scalars = AdamScalars.of(hyper, step)
-        noise = CounterGenerator(fold_in(seed, step), element_offset)
         if weight.device.type == "cpu":
-            self._update_host(weight, grad, states, scalars, noise)
+            noise = CounterGenerator(fold_in(seed, step), element_offset)
+            self._update_host(weight, grad, states, AdamScalars.of(hyper, step), noise)
         else:
-            self._update_torch(weight, grad, states, scalars, noise)
+            self._bricks.update(
+                weight,
+                grad,
+                states,
+                step=step,
+                hyper=hyper,
+                seed=seed,
+                element_offset=element_offset,
+            )
 
     def _update_host(
         self,
@@ -163,21 +174,3 @@ class AdamW:
                 kernels.adamw_stochastic(w, g, m, v, packed, noise.element_offset, low, high)
             case _:
                 kernels.adamw_weight(w, g, m, v, packed)
-
-    def _update_torch(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        states: Mapping[str, Tensor],
-        scalars: AdamScalars,
-        noise: CounterGenerator,
-    ) -> None:
-        master = master_of(self._master, weight.dtype)
-        s = scalars
-        g = grad.to(torch.float32) * s.sign
-        m, v = states["exp_avg"], states["exp_avg_sq"]
-        m.mul_(s.b1).add_(g * s.o1)
-        v.mul_(s.b2).add_((g * s.o2).mul_(g))
-        direction = (m * s.c1).div_(exact_sqrt(v).mul_(s.c2).add_(s.eps))
-        value = (master.read(weight, states) * s.decay).sub_(direction.mul_(s.lr))
-        master.write(weight, states, value, noise)

@@ -1,22 +1,12 @@
-"""Torch arithmetic whose fp32 bits are the same on every device and in the host kernels.
-
-Sums, products and quotients of tensors are single IEEE operations everywhere.  ``torch.sqrt`` is
-not: on CPUs it may go through a vector library that misses the nearest number in a sixth of the
-cases, so square roots go through here.
-"""
+"""Scalars and roots with the same fp32 bits in torch operations and in the host kernels."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from ..quant.exact import exact_sqrt
 
-def exact_sqrt(x: Tensor) -> Tensor:
-    """Return the correctly rounded square root of an fp32 tensor, as a new tensor."""
-    if x.device.type != "cpu":
-        return x.sqrt()
-    return torch.from_numpy(np.asarray(np.sqrt(x.detach().numpy())))
+__all__ = ["exact_sqrt", "fp32"]
 
 
 def fp32(x: float) -> float:

@@ -1,10 +1,66 @@
-"""Recipes: functions that turn a model (or parameters) into a ready optimizer."""
+"""Recipes: functions that turn a model (or parameters) into a ready optimizer.
+
+Every recipe takes what torch optimizers take, ``(model_or_params, lr, betas, eps, weight_decay)``,
+its own settings by keyword, and the common options of ``Common``.  Given a streamed model, the
+same recipe drives the streamed update.
+"""
 
 from __future__ import annotations
 
-from .adamw import AdamW
+from typing import Any, TypedDict, Unpack
+
+from .adafactor import Adafactor
+from .adam import Adam
+from .adam_mini import AdamMini
+from .base import Brick
+from .choose import element_rule
+from .lion import Lion
 from .parameters import ModelOrParams
-from .torch_api import RuleOptimizer
+from .sgd import Sgd
+from .sign import Sign
+from .stable_adamw import StableAdam
+from .torch_api import RuleChooser, RuleOptimizer
+
+
+class Common(TypedDict, total=False):
+    """Options that every recipe takes.
+
+    ``maximize`` ascends; ``max_grad_norm`` clips by the global norm before each step; ``seed``
+    drives stochastic rounding and random projections; ``threads`` update in parallel.
+    """
+
+    maximize: bool
+    max_grad_norm: float | None
+    seed: int
+    threads: int | None
+
+
+def build(
+    model_or_params: ModelOrParams,
+    choose: RuleChooser,
+    hyper: dict[str, Any],
+    common: Common,
+) -> RuleOptimizer:
+    """Return the optimizer of a recipe: check the numbers, fill the param-group defaults."""
+    check_hyper(hyper)
+    return RuleOptimizer(
+        model_or_params,
+        choose,
+        {**hyper, "maximize": common.get("maximize", False)},
+        max_grad_norm=common.get("max_grad_norm"),
+        seed=common.get("seed", 0),
+        threads=common.get("threads"),
+    )
+
+
+def check_hyper(hyper: dict[str, Any]) -> None:
+    """Refuse learning rates, decay rates and the like that cannot work."""
+    for name in ("lr", "eps", "weight_decay", "momentum"):
+        if name in hyper and not float(hyper[name]) >= 0.0:
+            raise ValueError(f"{name}={hyper[name]} must not be negative")
+    for beta in hyper.get("betas", ()):
+        if not 0.0 <= float(beta) < 1.0:
+            raise ValueError(f"betas={tuple(hyper['betas'])} must lie in 0 .. 1, 1 excluded")
 
 
 def adamw(
@@ -16,15 +72,13 @@ def adamw(
     *,
     states: str = "fp32",
     master: str = "fp32",
-    maximize: bool = False,
-    max_grad_norm: float | None = None,
-    seed: int = 0,
-    threads: int | None = None,
+    **common: Unpack[Common],
 ) -> RuleOptimizer:
     """Return AdamW (Loshchilov and Hutter, arXiv:1711.05101) for resident or streamed parameters.
 
-    ``states`` is the encoding of the moments, ``master`` that of the fp32 value behind a 16-bit
-    weight (``"fp32"``, ``"split"``, ``"sr"``).  States in fp32 cost 8 bytes a parameter.
+    ``states`` is the encoding of the moments (``storage.encodings``), ``master`` that of the fp32
+    value behind a 16-bit weight (``"fp32"``, ``"split"``, ``"sr"``).  fp32 states cost 8 bytes a
+    parameter, ``"int8"`` 2.06.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.ones(4))
@@ -34,21 +88,163 @@ def adamw(
     >>> round(weight[0].item(), 3)
     0.899
     """
-    if states != "fp32":
-        raise ValueError(f"states={states!r} is unknown; choose 'fp32'")
-    rule = AdamW(master=master)
-    defaults = {
-        "lr": lr,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "maximize": maximize,
-    }
-    return RuleOptimizer(
-        model_or_params,
-        lambda info, group: rule,
-        defaults,
-        max_grad_norm=max_grad_norm,
-        seed=seed,
-        threads=threads,
+    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return build(model_or_params, element_rule(Adam(), states, master), hyper, common)
+
+
+def adamw_8bit(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    *,
+    states: str = "int8",
+    master: str = "split",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return AdamW with 8-bit states; ``states="int8_dynamic"`` is bitsandbytes' format."""
+    return adamw(
+        model_or_params, lr, betas, eps, weight_decay, states=states, master=master, **common
     )
+
+
+def adamw_4bit(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    *,
+    states: str = "int4",
+    master: str = "split",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return AdamW with 4-bit states; ``states="int4_torchao"`` is torchao's format."""
+    return adamw(
+        model_or_params, lr, betas, eps, weight_decay, states=states, master=master, **common
+    )
+
+
+def adamw_fp8(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    *,
+    states: str = "coat",
+    master: str = "split",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return AdamW with FP8 states: ``"coat"`` (range expansion), ``"fp8"`` or ``"fp8_lm"``."""
+    return adamw(
+        model_or_params, lr, betas, eps, weight_decay, states=states, master=master, **common
+    )
+
+
+def stable_adamw(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.99),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    *,
+    states: str = "fp32",
+    master: str = "fp32",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return StableAdamW, the AdamW-Adafactor hybrid with update clipping (arXiv:2304.13013)."""
+    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return build(model_or_params, element_rule(StableAdam(), states, master), hyper, common)
+
+
+def adam_mini(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    *,
+    states: str = "fp32",
+    master: str = "fp32",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return Adam-mini (arXiv:2406.16793) with one second moment for each output row."""
+    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return build(model_or_params, element_rule(AdamMini(), states, master), hyper, common)
+
+
+def lion(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    *,
+    states: str = "fp32",
+    master: str = "fp32",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return Lion (arXiv:2302.06675): one moment, 4 bytes a parameter in fp32."""
+    hyper = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+    return build(model_or_params, element_rule(Lion(), states, master), hyper, common)
+
+
+def lion_8bit(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    *,
+    states: str = "int8",
+    master: str = "split",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return Lion with an 8-bit moment: 1.03 bytes a parameter."""
+    return lion(model_or_params, lr, betas, weight_decay, states=states, master=master, **common)
+
+
+def adafactor(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    *,
+    scale_parameter: bool = False,
+    clip_threshold: float = 1.0,
+    master: str = "fp32",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return Adafactor (arXiv:1804.04235) with an outer learning rate and no momentum."""
+    brick = Adafactor(clip_threshold=clip_threshold, scale_parameter=scale_parameter)
+    hyper = {"lr": lr, "weight_decay": weight_decay}
+    return build(model_or_params, element_rule(brick, "fp32", master), hyper, common)
+
+
+def sgd(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    *,
+    nesterov: bool = False,
+    states: str = "fp32",
+    master: str = "fp32",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return SGD; no state without momentum.  Weight decay is decoupled, unlike torch's."""
+    brick: Brick = Sgd(with_momentum=momentum > 0.0, nesterov=nesterov)
+    hyper = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    return build(model_or_params, element_rule(brick, states, master), hyper, common)
+
+
+def sign_sgd(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-4,
+    weight_decay: float = 0.0,
+    *,
+    master: str = "sr",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return signSGD (arXiv:1802.04434): no state at all."""
+    hyper = {"lr": lr, "weight_decay": weight_decay}
+    return build(model_or_params, element_rule(Sign(), "fp32", master), hyper, common)

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from headrace.optim import AdamW, adamw
-from headrace.optim.adamw import AdamScalars
+from headrace.optim.adam import Adam
+from headrace.optim.brick_rule import BrickRule
 from headrace.optim.host.bits import host_view
 from headrace.optim.host.finite import all_finite
 from headrace.optim.masters import master_of
-from headrace.optim.seeds import fold_in
 from headrace.optim.spec import allocate
+from headrace.optim.storage import encoding_of
 from headrace.quant.rounding import CounterGenerator
 
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -69,12 +70,8 @@ def test_kernel_equals_torch_operations(weight_dtype, gradient_dtype, master):
     weight = torch.randn(777, generator=torch.Generator().manual_seed(1)).to(weight_dtype)
     mine, my_states = run(rule, weight, gradients(777, 6, gradient_dtype))
 
-    other = weight.clone()
-    states = allocate(rule.state_spec((777,), weight_dtype), "cpu")
-    rule.init_states(other, states)
-    for step, gradient in enumerate(gradients(777, 6, gradient_dtype), start=1):
-        noise = CounterGenerator(fold_in(11, step), 0)
-        rule._update_torch(other, gradient, states, AdamScalars.of(HYPER, step), noise)
+    bricks = BrickRule(Adam(), encoding_of("fp32"), master=master)
+    other, states = run(bricks, weight, gradients(777, 6, gradient_dtype))
     assert torch.equal(mine, other)
     for name, tensor in states.items():
         assert torch.equal(my_states[name], tensor), name

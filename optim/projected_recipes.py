@@ -1,0 +1,344 @@
+"""Recipes whose moments live in a projection: GaLore and its relatives.
+
+Matrices (a model's linear layers, or two-dimensional parameters) are projected; embeddings, the
+output head, norms and biases get AdamW.  Keys of a param group (``rank``, ``update_proj_gap``,
+``scale``, ``proj_type``, and ``density``, ``update_gap`` for FRUGAL) override a recipe's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+from .adam import Adam
+from .apollo import Apollo, Scaling
+from .base import Brick, chain
+from .choose import BrickOf, matrix_rule, projected_groups
+from .fira import Fira
+from .frugal import Frugal
+from .galore import GaLore
+from .grass import grass as grass_brick
+from .natural_galore import NaturalGradient
+from .parameters import ModelOrParams
+from .projected import Carry, LazyRefresh
+from .projector import Method, OrthogonalProjector, RandomProjector, Side, SliceProjector
+from .recipes import Common, build
+from .torch_api import RuleOptimizer
+
+Betas = tuple[float, float]
+
+
+def galore_adamw(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    proj_type: Side = "std",
+    method: Method = "power",
+    carry: Carry = "re-project",
+    states: str = "fp32",
+    master: str = "sr",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return GaLore (arXiv:2403.03507): AdamW in the gradient's leading singular subspace.
+
+    ``method="svd", carry="keep"`` is the published algorithm.  State of an m x n matrix, m <= n:
+    4 (m + 2 n) rank bytes with fp32 states.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(64, 32, bias=False)
+    >>> galore_adamw(model, rank=4).memory()
+    {'exp_avg': 1024, 'exp_avg_sq': 1024, 'projector': 512}
+    """
+
+    def brick(group: Mapping[str, Any]) -> Brick:
+        projector = OrthogonalProjector(
+            group.get("rank", rank), group.get("proj_type", proj_type), method=method
+        )
+        gap = group.get("update_proj_gap", update_proj_gap)
+        return GaLore(Adam(), projector, gap=gap, carry=carry, scale=group.get("scale", scale))
+
+    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return _projected(model_or_params, brick, states, master, hyper, common)
+
+
+def galore_adamw_8bit(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    proj_type: Side = "std",
+    method: Method = "power",
+    carry: Carry = "re-project",
+    master: str = "sr",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return GaLore with 8-bit moments."""
+    return galore_adamw(
+        model_or_params,
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        proj_type=proj_type,
+        method=method,
+        carry=carry,
+        states="int8",
+        master=master,
+        **common,
+    )
+
+
+def q_galore(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    proj_type: Side = "std",
+    cos_threshold: float = 0.4,
+    queue_size: int = 5,
+    carry: Carry = "re-project",
+    master: str = "sr",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return Q-GaLore (arXiv:2407.08296): int4 basis, 8-bit moments, lazy refresh.
+
+    Weights are kept by ``master`` (stochastic rounding), not in the paper's INT8.
+    """
+
+    def brick(group: Mapping[str, Any]) -> Brick:
+        projector = OrthogonalProjector(
+            group.get("rank", rank), group.get("proj_type", proj_type), int4=True
+        )
+        return GaLore(
+            Adam(),
+            projector,
+            gap=group.get("update_proj_gap", update_proj_gap),
+            carry=carry,
+            lazy=LazyRefresh(
+                group.get("cos_threshold", cos_threshold), group.get("queue_size", queue_size)
+            ),
+            scale=group.get("scale", scale),
+        )
+
+    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return _projected(model_or_params, brick, "int8", master, hyper, common)
+
+
+def natural_galore(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    proj_type: Side = "std",
+    natural_history: int = 20,
+    damping: float = 1e-3,
+    carry: Carry = "re-project",
+    states: str = "fp32",
+    master: str = "sr",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return Natural GaLore (arXiv:2410.16029): natural gradients in GaLore's subspace.
+
+    The history costs ``natural_history`` times the projected gradient, in fp32.
+    """
+
+    def brick(group: Mapping[str, Any]) -> Brick:
+        projector = OrthogonalProjector(group.get("rank", rank), group.get("proj_type", proj_type))
+        inner = chain(NaturalGradient(natural_history, damping), Adam())
+        gap = group.get("update_proj_gap", update_proj_gap)
+        return GaLore(inner, projector, gap=gap, carry=carry, scale=group.get("scale", scale))
+
+    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return _projected(model_or_params, brick, states, master, hyper, common)
+
+
+def apollo(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 1.0,
+    scale_type: Scaling = "channel",
+    proj_type: Side = "std",
+    states: str = "fp32",
+    master: str = "sr",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return APOLLO (arXiv:2412.05270): gradients scaled as a random projection of them would be.
+
+    State of an m x n matrix: 8 max(m, n) rank bytes with fp32 states, no basis.
+    """
+
+    def brick(group: Mapping[str, Any]) -> Brick:
+        projector = RandomProjector(group.get("rank", rank), group.get("proj_type", proj_type))
+        return Apollo(
+            Adam(),
+            projector,
+            gap=group.get("update_proj_gap", update_proj_gap),
+            carry="keep",
+            scale=group.get("scale", scale),
+            scaling=group.get("scale_type", scale_type),
+        )
+
+    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return _projected(model_or_params, brick, states, master, hyper, common)
+
+
+def apollo_mini(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    update_proj_gap: int = 200,
+    scale: float = 128.0,
+    master: str = "sr",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return APOLLO-Mini: rank 1, one scaling factor a tensor, 8 bytes a long-side channel."""
+    return apollo(
+        model_or_params,
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        rank=1,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        scale_type="tensor",
+        master=master,
+        **common,
+    )
+
+
+def grass(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    states: str = "fp32",
+    master: str = "sr",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return GRASS (arXiv:2406.17660), Top-r: AdamW on the slices of largest gradient norm."""
+
+    def brick(group: Mapping[str, Any]) -> Brick:
+        return grass_brick(
+            Adam(),
+            rank=group.get("rank", rank),
+            gap=group.get("update_proj_gap", update_proj_gap),
+            scale=group.get("scale", scale),
+        )
+
+    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return _projected(model_or_params, brick, states, master, hyper, common)
+
+
+def frugal(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    density: float = 0.25,
+    update_gap: int = 200,
+    inactive_lr_scale: float = 1.0,
+    states: str = "fp32",
+    master: str = "sr",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return FRUGAL (arXiv:2411.07837): AdamW on ``density`` of the columns, signSGD on the rest.
+
+    ``inactive_lr_scale=0.1`` suits fine-tuning.  State: 8 density bytes a parameter.
+    """
+
+    def brick(group: Mapping[str, Any]) -> Brick:
+        projector = SliceProjector(density=group.get("density", density), choice="random")
+        return Frugal(
+            Adam(),
+            projector,
+            gap=group.get("update_gap", update_gap),
+            carry="reset",
+            state_free_scale=group.get("inactive_lr_scale", inactive_lr_scale),
+        )
+
+    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return _projected(model_or_params, brick, states, master, hyper, common)
+
+
+def fira(
+    model_or_params: ModelOrParams,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    alpha: float = 0.25,
+    proj_type: Side = "std",
+    method: Method = "power",
+    carry: Carry = "re-project",
+    states: str = "fp32",
+    master: str = "sr",
+    **common: Unpack[Common],
+) -> RuleOptimizer:
+    """Return Fira (arXiv:2410.01623): GaLore plus the scaled residual of the projection."""
+
+    def brick(group: Mapping[str, Any]) -> Brick:
+        projector = OrthogonalProjector(
+            group.get("rank", rank), group.get("proj_type", proj_type), method=method
+        )
+        gap = group.get("update_proj_gap", update_proj_gap)
+        return Fira(Adam(), projector, gap=gap, carry=carry, scale=group.get("alpha", alpha))
+
+    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return _projected(model_or_params, brick, states, master, hyper, common)
+
+
+def _projected(
+    model_or_params: ModelOrParams,
+    brick: BrickOf,
+    states: str,
+    master: str,
+    hyper: dict[str, Any],
+    common: Common,
+) -> RuleOptimizer:
+    params, is_matrix = projected_groups(model_or_params)
+    choose = matrix_rule(is_matrix, brick, states=states, master=master)
+    return build(params, choose, hyper, common)
