@@ -106,7 +106,7 @@ class EncodedTensor(torch.Tensor):
         """Return the values as an ordinary tensor of this dtype."""
         return self.view_.decode()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         view = self.view_
         return (
             f"EncodedTensor({view.owner.describe()}, codec={view.codec.name}, "

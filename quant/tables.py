@@ -71,9 +71,9 @@ class CodeTable:
     """A code table's tensors on one device, in code order and in ascending order."""
 
     values: Tensor  # (codes,) fp32, by code
-    ascending: Tensor  # (codes,) fp32
-    order: Tensor  # (codes,) uint8: the code of each ascending value
-    midpoints: Tensor  # (codes - 1,) fp32
+    ascending: Tensor  # (finite codes,) fp32
+    order: Tensor  # (finite codes,) uint8: the code of each ascending value
+    midpoints: Tensor  # (finite codes - 1,) fp32
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the uint8 code of the nearest value; ties go to the lower value."""
@@ -110,9 +110,11 @@ class CodeTable:
 
 @functools.cache
 def code_table(values: tuple[float, ...], device: torch.device) -> CodeTable:
-    """Return the tensors of a table on a device, made once."""
+    """Return the tensors of a table on a device, made once; searches find finite values only."""
     by_code = torch.tensor(values, dtype=torch.float32)
     ascending, order = torch.sort(by_code, stable=True)
+    finite = torch.isfinite(ascending)
+    ascending, order = ascending[finite], order[finite]
     midpoints = (ascending[:-1] + ascending[1:]) / 2
     return CodeTable(
         values=by_code.to(device),
