@@ -203,13 +203,17 @@ def make_durable(
 
     The order is the guarantee: whatever the record names is on the disk before the record is.
     """
+    step = f"step {record.step}"
     for member, file in enumerate(files):
-        write_stamp(file, Stamp(record.store_id, member, record.sequence), requests)
+        with lanes.watched(f"the stamp of {file.path} for {step}"):
+            write_stamp(file, Stamp(record.store_id, member, record.sequence), requests)
     for file in files:
-        lanes.sync(file, label=f"step {record.step}")
-    entries = write_blobs(folder, record.blob_file, blobs, lanes.calls)
+        lanes.sync(file, label=step)
+    with lanes.watched(f"the blobs of {step} in {folder}"):
+        entries = write_blobs(folder, record.blob_file, blobs, lanes.calls)
     record = replace(record, blobs=entries)
-    write_record(folder, record, lanes.calls)
+    with lanes.watched(f"the record of {step} in {folder}"):
+        write_record(folder, record, lanes.calls)
     return record
 
 

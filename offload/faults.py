@@ -90,12 +90,18 @@ class ScriptedFaults(Faults):
     """
 
     def __init__(self, faults: Sequence[Fault]) -> None:
-        self._faults = tuple(faults)
+        self._faults = list(faults)
         self._matched = [0] * len(self._faults)
         self._lock = threading.Lock()
         self._released = threading.Event()
         self.hanging = threading.Event()
         self.seen: list[Call] = []
+
+    def arm(self, fault: Fault) -> None:
+        """Add a fault; its matching calls are counted from now on."""
+        with self._lock:
+            self._faults.append(fault)
+            self._matched.append(0)
 
     def release(self) -> None:
         """Let every hanging call go on, now and later."""

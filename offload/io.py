@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, final
@@ -184,9 +184,16 @@ class DiskLanes(Watchdog):
     def sync(self, file: DirectFile, *, label: str) -> None:
         """Make everything written to ``file`` durable, on this thread, seen by the watchdog."""
         start = time.perf_counter()
-        with self._watched(LaneName.DISK_WRITE, f"fdatasync of {file.path} for {label}"):
+        with self.watched(f"fdatasync of {file.path} for {label}"):
             self.calls.sync(file.path, file.fileno())
         self.timeline.record(LaneName.DISK_WRITE, f"sync {label}", start, time.perf_counter())
+
+    def watched(self, what: str) -> AbstractContextManager[None]:
+        """Let the watchdog see disk work that this thread does itself, as part of the write lane.
+
+        The body's length counts against ``hang_timeout_seconds``.
+        """
+        return self._watched(LaneName.DISK_WRITE, what)
 
     # Running #
 
@@ -275,7 +282,7 @@ class DiskLanes(Watchdog):
 
     # Failures #
 
-    def _watched(self, lane: LaneName, what: str) -> _Watched:
+    def _watched(self, lane: LaneName, what: str) -> AbstractContextManager[None]:
         return _Watched(self._running, _Running(lane, what, time.monotonic()))
 
     def raise_if_failed(self) -> None:
@@ -357,7 +364,7 @@ class DiskLanes(Watchdog):
 
 
 @final
-class _Watched:
+class _Watched(AbstractContextManager[None]):
     """Notes what this thread is busy with for the length of a ``with`` block."""
 
     __slots__ = ("_running", "_what")
