@@ -32,6 +32,7 @@ from headrace.offload.runtime import BoundParameters, Runtime
 from headrace.offload.scratch import Scratch
 from headrace.offload.source import ReadPlan
 from headrace.offload.timeline import Timeline
+from headrace.offload.workspace import Workspace
 
 from .budgets import default_budgets, parse_bytes
 from .checkpoint import Checkpoint, ConvertedBacking
@@ -56,7 +57,7 @@ def load(
     durability: str = "step",
     snapshot_every: int = 50,
     activations: str = "auto",
-    loss_tile: int | str = "64MiB",
+    loss_tile: int | str | None = None,
     dtype: torch.dtype | str | None = None,
     auto_class: type = AutoModelForCausalLM,
     resume: bool = False,
@@ -108,7 +109,11 @@ def load(
             scratch_folder=None if scratch_folder is None else scratch_folder / "scratch",
             micro_batch=micro_batch,
             place=place,
-            tile_bytes=parse_bytes(loss_tile, what="loss_tile"),
+            tile_bytes=(
+                budgets.device_bytes // 4
+                if loss_tile is None
+                else parse_bytes(loss_tile, what="loss_tile")
+            ),
             trainable=train == "all",
             options=options,
             opened=opened,
@@ -188,6 +193,7 @@ def _attach(
         bound=bound,
         device=device,
         micro_batch=micro_batch,
+        workspace=Workspace(engine),
         closing=closing,
     )
     names = list(engine.chunks)
@@ -199,7 +205,9 @@ def _attach(
     model._runtime = runtime
     model._head = head
     model._training_side = Training(runtime, disk, scratch, gathered_names, options)
-    model.eval() if not trainable else model.train()
+    closing.callback(runtime.workspace.close)
+    closing.callback(runtime.parking.close)
+    model.train(trainable)
 
 
 def _stream_modules(
