@@ -10,7 +10,8 @@ Guarantees that each codec gives, and that one conformance table tests:
   ``decode_granule(shape)`` can be decoded apart from the rest.  Same bits, always.
 * **Same bits on every call**: encoding is a pure function of the values and, for stochastic
   rounding, of (seed, element index).
-* **Error bound.**  ``max_error(x)`` bounds |decode(encode(x)) - x| element by element.
+* **Error bound.**  ``max_error(x)`` bounds |decode(encode(x)) - x| element by element, for
+  magnitudes up to 2^127 (above it, rounding up may overflow fp32).
 * **Not-a-number is never hidden.**  If the values that share a scale hold a NaN or an infinity,
   all of them decode to NaN.  (A tensor-wide statistic poisons the whole tensor.)
 * Zeros decode to zeros; an all-zero block decodes to zeros; empty tensors are legal.

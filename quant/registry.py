@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from .casts import Bfloat16Codec, ScaledFloat16Codec
 from .coat import CoatCodec
 from .codec import Codec
+from .companded import Companded4Codec, Companded8Codec
 from .fp4 import Fp4Codec
 from .fp8 import Fp8Codec
 from .int4_group import Int4GroupCodec
@@ -26,7 +28,10 @@ from .nvfp4 import Nvfp4Codec
 def codec_classes() -> dict[str, type[Codec]]:
     """Return every codec class by its name."""
     classes: tuple[type[Codec], ...] = (
+        Bfloat16Codec,
         CoatCodec,
+        Companded4Codec,
+        Companded8Codec,
         Fp4Codec,
         Fp8Codec,
         Int4GroupCodec,
@@ -36,6 +41,7 @@ def codec_classes() -> dict[str, type[Codec]]:
         Mxfp8Codec,
         Nf4Codec,
         Nvfp4Codec,
+        ScaledFloat16Codec,
     )
     return {cls.name: cls for cls in classes}
 

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.quant import CounterGenerator, blocks, codec_from_parameters
+from headrace.quant.casts import Bfloat16Codec, ScaledFloat16Codec
 from headrace.quant.coat import CoatCodec
+from headrace.quant.companded import Companded4Codec, Companded8Codec
 from headrace.quant.fp4 import Fp4Codec
 from headrace.quant.fp8 import Fp8Codec
 from headrace.quant.int4_group import Int4GroupCodec
@@ -22,6 +24,12 @@ from headrace.quant.nvfp4 import Nvfp4Codec
 CODECS = [
     CoatCodec(),
     CoatCodec(block_size=7),
+    Bfloat16Codec(),
+    Companded4Codec(),
+    Companded4Codec(signed=False),
+    Companded8Codec(),
+    Companded8Codec(signed=False),
+    ScaledFloat16Codec(),
     Fp4Codec(),
     Fp4Codec(double_quantized=False),
     Fp8Codec(),
@@ -181,7 +189,11 @@ def test_not_a_number_poisons_its_whole_block_and_no_other(codec, bad):
         assert flat.isnan().all()
         return
     first = (512 + 300) // width * width
-    assert flat[first : first + width].isnan().all()
+    if codec.name == "bfloat16":  # a plain cast: infinities are values
+        assert torch.equal(flat[first], torch.tensor(bad)) or math.isnan(bad)
+        assert not flat[first].isfinite()
+    else:
+        assert flat[first : first + width].isnan().all()
     rest = torch.cat([flat[:first], flat[first + width :]])
     assert rest.isfinite().all()
 
@@ -238,7 +250,11 @@ def test_stochastic_rounding_is_unbiased_and_a_function_of_the_seed(codec):
     x[:, ::16] = 1.0  # the block maxima stay put, so scales agree
     first = codec.encode(x, generator=CounterGenerator(3))
     same(first, codec.encode(x, generator=CounterGenerator(3)))
-    assert not torch.equal(first["codes"], codec.encode(x, generator=CounterGenerator(4))["codes"])
+    other = codec.encode(x, generator=CounterGenerator(4))["codes"]
+    if codec.name == "scaled_float16":  # documented to round to nearest always
+        assert torch.equal(first["codes"], other)
+        return
+    assert not torch.equal(first["codes"], other)
     runs = 400
     total = torch.zeros_like(x, dtype=torch.float64)
     for seed in range(runs):
@@ -293,7 +309,7 @@ def test_decoding_into_a_given_tensor_rounds_once(codec):
 @every_codec
 @settings(max_examples=15, deadline=None)
 @given(
-    values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=70),
+    values=st.lists(st.floats(-(2.0**127), 2.0**127, width=32), max_size=70),
     columns=st.sampled_from([1, 3, 10]),
 )
 def test_any_finite_values_stay_within_the_bound(codec, values, columns):
