@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from headrace.offload.errors import LaneError, StoreError, StoreFormatError
 from headrace.offload.io import DiskLanes
