@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .budgets import default_budgets, parse_bytes
     from .errors import DataError, InputError
+    from .exporting import export
     from .loading import load
     from .reporting import Report, report, statistics
     from .tuning import TuneOptions, TuneResult, tune
@@ -27,6 +28,7 @@ _HOMES = MappingProxyType(
         "TuneOptions": "tuning",
         "TuneResult": "tuning",
         "default_budgets": "budgets",
+        "export": "exporting",
         "load": "loading",
         "parse_bytes": "budgets",
         "report": "reporting",
@@ -42,6 +44,7 @@ __all__ = [
     "TuneOptions",
     "TuneResult",
     "default_budgets",
+    "export",
     "load",
     "parse_bytes",
     "report",

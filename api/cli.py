@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: headrace tune --demo --out tuned",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_doctor, _add_tune, _add_verify, _add_report):
+    for add in (_add_doctor, _add_tune, _add_verify, _add_export, _add_report):
         add(commands)
     return parser
 
@@ -206,6 +206,36 @@ def _verify(chosen: argparse.Namespace) -> _Output:
     )
     record = {"ok": not bad, "checks": [check.to_json() for check in checks]}
     return _Output("\n".join(lines), record, exit_code=2 if bad else 0)
+
+
+# export
+
+
+def _add_export(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "export",
+        "merge the adapters of a tune run into their base and write one ordinary model folder",
+        "  headrace export tuned --out merged --host-budget 8GB",
+    )
+    command.add_argument("folder", type=Path, help="adapter folder, as tune --method lora saves")
+    command.add_argument("--out", type=Path, required=True, help="folder to make")
+    command.add_argument("--device-budget", default=None, help="bytes (default: what is free)")
+    command.add_argument("--host-budget", default=None, help="bytes (default: what is free)")
+    command.set_defaults(run=_export)
+
+
+def _export(chosen: argparse.Namespace) -> _Output:
+    from .merging import merge_adapters
+
+    base = merge_adapters(
+        chosen.folder,
+        chosen.out,
+        device_budget=chosen.device_budget,
+        host_budget=chosen.host_budget,
+    )
+    record = {"base": base, "adapters": str(chosen.folder), "out": str(chosen.out)}
+    return _Output(f"{base} with the adapters of {chosen.folder} is in {chosen.out}", record)
 
 
 # report

@@ -56,6 +56,9 @@ def prepare(options: TuneOptions) -> Material:
     else:
         train_documents, held_documents = documents, read_jsonl(options.eval_data)
     tokenizer = load_tokenizer(options.model)
+    folder = Path(options.model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"--model {options.model}: {folder / 'config.json'} is missing")
 
     def rows(chosen: list[Document], path: Path) -> Rows:
         return tokenize(

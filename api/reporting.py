@@ -254,15 +254,9 @@ def statistics(model: nn.Module) -> EngineStatistics:
 
     Example: ``headrace.statistics(model).budgets[Tier.HOST].peak_bytes``.
     """
-    from .streamed_model import StreamedModel
+    from .exporting import streamed_model_of
 
-    for module in model.modules():
-        if isinstance(module, StreamedModel):
-            return module._runtime.statistics()
-    raise InputError(
-        f"{type(model).__name__} is not streamed, so it has no statistics; open it with "
-        f"headrace.load"
-    )
+    return streamed_model_of(model)._runtime.statistics()
 
 
 def report(model: nn.Module, *, tokens_per_step: int | None = None) -> Report:

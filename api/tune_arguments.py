@@ -29,7 +29,7 @@ _DEMO = {
     "schedule": "linear",
     "warmup": 3,
     "eval_rows": 16,
-    "prompt": 'The "with" statement is used to',
+    "prompt": "Lambdas\n*******\n\n",
     "sample_tokens": 32,
 }
 

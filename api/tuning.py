@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from .data import IGNORED_LABEL
+from .exporting import write_model
 from .options import TuneOptions
 from .preparation import Material, prepare
 from .progress import ConsoleWatcher, StepEvent, Watcher
@@ -84,8 +85,10 @@ def _opened(options: TuneOptions) -> Iterator[PreTrainedModel]:
     from .loading import load
     from .streamed_model import StreamedModel
 
+    path = Path(options.model).expanduser()
     model = load(
-        str(Path(options.model).expanduser()) if Path(options.model).exists() else options.model,
+        # Absolute: an adapter folder names its base, and may be opened from elsewhere.
+        path.absolute() if path.is_dir() else options.model,
         train="adapters" if options.method == "lora" else "all",
         device=options.device,
         device_budget=options.device_budget,
@@ -254,10 +257,12 @@ def _sampled(
 def _save(options: TuneOptions, material: Material, model: Any, result: TuneResult) -> None:
     with written_whole(options.out) as folder:
         if options.method == "lora":
-            # Adapters only: "auto" would compare vocabularies with the hub's copy of the base.
-            model.save_pretrained(folder, save_embedding_layers=False)
+            # Given the adapters, PEFT does not ask the streamed base for all of its weights;
+            # "auto" would compare vocabularies with the hub's copy of the base.
+            adapters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+            model.save_pretrained(folder, state_dict=adapters, save_embedding_layers=False)
         else:
-            model.save_pretrained(folder)
+            write_model(model, folder)
         material.tokenizer.save_pretrained(folder)
         summary = {"options": options.to_json(), "result": result.to_json()}
         (folder / SUMMARY_NAME).write_text(
