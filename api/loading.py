@@ -87,14 +87,20 @@ def load(
     if (folder / "generation_config.json").exists():
         skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     options = None
-    if train == "all":
+    if train == "all" or (train == "adapters" and paths):
         options = TrainingOptions(
             paths=paths,
             update=update or "forward",
             durability=durability,
             snapshot_every=snapshot_every,
             fingerprint=_fingerprint(skeleton, chunks),
-            meta={"model": str(folder), "config": config.to_dict(), "dtype": str(kind)},
+            meta={
+                "model": str(folder.absolute()),
+                "train": train,
+                "dtype": str(kind).removeprefix("torch."),
+                "update": update or "forward",
+                "micro_batch": micro_batch,
+            },
             resume=resume,
         )
     scratch_folder = next(iter(paths), None)

@@ -31,6 +31,14 @@ from headrace.offload.store import Store
 from headrace.offload.transfer import Transfer
 from headrace.offload.update import RING_SLABS, StateTiles, Updates
 
+from .run_state import (
+    capture_generators,
+    capture_resident,
+    hyper_parameters,
+    restore_generators,
+    restore_resident,
+)
+
 if TYPE_CHECKING:
     from headrace.optim.torch_api import RuleOptimizer
 
@@ -75,6 +83,9 @@ class Training:
         # Small mutable state of the run (RNG, adapters, ...), gathered at each commit.
         self.user_state: Callable[[], tuple[dict[str, Any], dict[str, bytes]]] = lambda: ({}, {})
         self.last_grad_norm: float | None = None
+        # What ``user_state`` gave at the step that was resumed; None in a new run.
+        self.resumed_user: dict[str, Any] | None = None
+        self._resident_steps = 0
 
     # Binding
 
@@ -95,6 +106,8 @@ class Training:
             )
         self._optimizer = optimizer
         if not trainable:
+            if self._options is not None:
+                self._open_adapters(optimizer)
             return
         if self._options is None:
             raise HeadraceError(
@@ -109,6 +122,75 @@ class Training:
                 f"optimizer ({left_out[0]!r}, ...). Freeze them (requires_grad_(False)) first."
             )
         self._open(optimizer, trainable)
+
+    def _open_adapters(self, optimizer: RuleOptimizer) -> None:
+        """Frozen base: the store holds no regions, only adapters and states in its records."""
+        options = self._options
+        assert options is not None
+        if options.resume:
+            store = Store.open(
+                list(options.paths), lanes=self._lanes, expect_fingerprint=options.fingerprint
+            )
+        else:
+            store = Store.create(
+                options.paths,
+                [],
+                durability=options.durability,  # type: ignore[arg-type]
+                fingerprint=options.fingerprint,
+                meta=options.meta,
+                lanes=self._lanes,
+                snapshot_every=options.snapshot_every,
+            )
+        self._runtime.store = store
+        self._runtime.closing.callback(self._close)
+        if options.resume:
+            self._restore(store)
+        elif options.durability != "none":
+            user, blobs = self._record()
+            store.commit(user, blobs=blobs)
+
+        def committed(*_: Any) -> None:
+            self._resident_steps += 1
+            if options.durability != "none":
+                user, blobs = self._record()
+                store.commit(user, blobs=blobs)
+
+        optimizer.register_step_post_hook(committed)
+
+    def _resident(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters that are not streamed, by the optimizer's name."""
+        assert self._optimizer is not None
+        return {
+            self._optimizer.param_name(p): p
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+            if id(p) not in self._owned
+        }
+
+    def _restore(self, store: Store) -> None:
+        """Bring counters, generators and adapters back from the last committed step."""
+        user, blobs = store.last_user, store.last_blobs
+        assert isinstance(user, dict) and self._optimizer is not None
+        counters = user["training"]
+        updates = self._runtime.updates
+        if updates is not None:
+            updates.resume_at(
+                steps=counters["steps"],
+                skipped_steps=counters["skipped_steps"],
+                slot_steps=counters["slot_steps"],
+            )
+        self._resident_steps = counters["steps"]
+        self._optimizer.skipped_steps = counters["skipped_steps"]
+        where = str(next(iter(self._options.paths))) if self._options is not None else "store"
+        restore_resident(self._optimizer, self._resident(), blobs, where)
+        restore_generators(user["generators"], blobs)
+        self.resumed_user = user["user"]
+
+    @property
+    def steps(self) -> int:
+        """Steps taken since the run began, those before a resume included."""
+        updates = self._runtime.updates
+        return self._resident_steps if updates is None else updates.steps
 
     def _layouts(self) -> dict[str, ChunkLayout]:
         layouts: dict[str, ChunkLayout] = {}
@@ -167,6 +249,8 @@ class Training:
         runtime.gradients, runtime.updates = updates.gradients, updates
         runtime.training_schedule(list(engine.chunks), frozenset(layouts), options.update)
         runtime.closing.callback(self._close)
+        if options.resume:
+            self._restore(store)
 
     def _tied(self, name: str) -> bool:
         return not self._runtime.engine.chunks[name].gathered
@@ -322,14 +406,23 @@ class Training:
         return done
 
     def _record(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        optimizer, updates = self._optimizer, self._runtime.updates
+        assert optimizer is not None
         user, blobs = self.user_state()
-        updates = self._runtime.updates
         counters = {
             "slot_steps": dict(updates.slot_steps) if updates is not None else {},
-            "steps": updates.steps if updates is not None else 0,
-            "skipped_steps": updates.skipped_steps if updates is not None else 0,
+            "steps": self.steps,
+            "skipped_steps": optimizer.skipped_steps,
         }
-        return {"training": counters, "user": user}, blobs
+        numbers, generators = capture_generators()
+        record = {
+            "training": counters,
+            "user": user,
+            "generators": numbers,
+            "param_groups": hyper_parameters(optimizer),
+        }
+        resident = capture_resident(optimizer, self._resident())
+        return record, {**blobs, **generators, **resident}
 
     def _commit_with(
         self, before: tuple[dict[str, Any], dict[str, bytes]]

@@ -193,6 +193,12 @@ class Updates:
         engine.start_update = self.start
         engine.has_update = lambda chunk: chunk.name in self._ready
 
+    def resume_at(self, *, steps: int, skipped_steps: int, slot_steps: Mapping[str, int]) -> None:
+        """Go on counting where a committed step stood."""
+        self.steps, self.skipped_steps = steps, skipped_steps
+        self.slot_steps = dict(slot_steps)
+        self._steps_before = dict(slot_steps)
+
     # Gradients arrive
 
     def add(self, gradient: HostGradient) -> None:
@@ -206,6 +212,7 @@ class Updates:
             )
         if not self._early:
             return  # stays with Gradients: later backward passes of this step add to it
+        self._finish_previous()
         gradient.complete_norms()
         finite = all(bool(torch.isfinite(n)) for n in gradient.norms.values())
         self._norms.update(gradient.norms)
@@ -267,6 +274,7 @@ class Updates:
             )
         if not self._early:
             self._start_all()  # what no forward pass visited since the last step
+        self._finish_previous()
         self._collect_norms()
         assert self.gradients is not None
         if not self._all_finite():
@@ -346,6 +354,14 @@ class Updates:
 
         self._engine.set_updating(chunk, done, complete)
         return True
+
+    def _finish_previous(self) -> None:
+        """Wait until every update of the previous step has run and its commit is under way.
+
+        Otherwise an update of this step could slip into the record of the last one.
+        """
+        while self._commit_due is not None:
+            self._engine.wait_for(self._engine.oldest_in_flight(), "previous update")
 
     def _await_commit(self) -> None:
         if self._commit is not None:
