@@ -278,13 +278,21 @@ class SlabPool:
             return freed
 
     def close(self) -> None:
-        """Unmap every slab; a slab that is still held is an error, after the others are gone."""
-        self.trim()
+        """Unmap every slab that can be; one still held or viewed is then an error.
+
+        What such a slab holds is unmapped by Python once its last view dies.
+        """
         with self._lock:
             self._closed = True
-            if self._held_mappings:
-                held = ", ".join(f"{name!r} {size:,}" for name, size in self._held.items())
-                raise SlabInUseError(f"the slab pool was closed while slabs are held: {held} bytes")
+            in_use = []
+            for idle in list(self._idle):
+                try:
+                    self._unmap(idle)
+                except SlabInUseError as error:
+                    in_use.append(str(error))
+            in_use += [f"{name!r} holds {size:,} bytes" for name, size in self._held.items()]
+        if in_use:
+            raise SlabInUseError(f"the slab pool was closed too early: {'; '.join(in_use)}")
 
     def statistics(self) -> PoolStatistics:
         """Return an immutable snapshot."""
