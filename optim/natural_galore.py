@@ -18,9 +18,10 @@ from .spec import Shape
 class NaturalGradient(Brick):
     """Precondition by the inverse of damping * I + H H' (Natural GaLore, arXiv:2410.16029).
 
-    H holds the last ``history`` gradients; the Woodbury identity needs a history x history solve
-    only:  g/d - H (I + H'H/d)^-1 H'g / d^2.  The result is rescaled to the gradient's own norm,
-    so that learning rates keep their meaning.  State: ``history`` times the gradient, which the
+    H holds the last ``history`` gradients, d is the damping.  By the Woodbury identity this needs
+    a history x history solve only; times d it is  g - H (I + H'H/d)^-1 H'g / d.  The result is
+    rescaled to the gradient's own norm, so that learning rates keep their meaning.  State:
+    ``history`` times the gradient, which the
     paper's memory table leaves out; it follows changes of the basis.
     """
 
@@ -40,12 +41,15 @@ class NaturalGradient(Brick):
         # Rows that were never written are zero and add nothing.
         h = kept.reshape(self.history, -1)
         g = grad.reshape(-1)
-        gram = (h @ h.T) / self.damping
-        gram.diagonal().add_(1.0)
-        factor = torch.linalg.cholesky(gram)
-        solved = torch.cholesky_solve((h @ g)[:, None], factor)[:, 0]
-        natural = g / self.damping - (solved @ h) / self.damping**2
-        size = torch.linalg.vector_norm(g) / (torch.linalg.vector_norm(natural) + 1e-30)
+        # The small system goes through its eigenvalues: gradients of any size stay solvable.
+        values, vectors = torch.linalg.eigh((h @ h.T).to(torch.float64) / self.damping)
+        projected = vectors.T @ (h @ g).to(torch.float64) / (1.0 + values.clamp(min=0.0))
+        solved = (vectors @ projected / self.damping).to(torch.float32)
+        natural = g - solved @ h
+        # What is left below the rounding error of the subtraction is noise: do not blow it up.
+        norm = torch.linalg.vector_norm(g)
+        floor = (norm * 1e-6).clamp(min=1e-30)
+        size = norm / torch.maximum(torch.linalg.vector_norm(natural), floor)
         return natural.mul_(size).reshape(grad.shape)
 
     def rotate(

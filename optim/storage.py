@@ -140,10 +140,14 @@ def encodings() -> dict[str, Encoding]:
                 Int8BlockwiseCodec(signed=False),
                 lift_zeros=True,
             ),
-            Encoding("fp8", Fp8BlockwiseCodec(), Fp8BlockwiseCodec(), lift_zeros=True),
+            Encoding(
+                "fp8", Fp8BlockwiseCodec(), Fp8BlockwiseCodec(), stochastic=True, lift_zeros=True
+            ),
             Encoding("coat", CoatCodec(), CoatCodec()),
             Encoding("fp8_lm", Fp8BlockwiseCodec(block_size=1 << 40), ScaledFloat16Codec()),
-            Encoding("int4", Companded4Codec(block_size=64), Companded4Codec(64, signed=False)),
+            Encoding(
+                "int4", Companded4Codec(64), Companded4Codec(64, signed=False), stochastic=True
+            ),
             Encoding("int4_torchao", State4BitCodec(), State4BitCodec(signed=False)),
         )
     }
