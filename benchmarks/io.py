@@ -172,26 +172,39 @@ def beside_matmul(folder: Path, seconds: float, rounds: int, raw: dict[str, Any]
     with DiskLanes(timeline=Timeline()) as lanes:
         ours = Ours(folder / "overlap", nbytes, lanes, pool)
 
-        def reads_for() -> float:
+        def reads_until(stop: threading.Event) -> float:
             moved, start = 0, time.perf_counter()
-            while time.perf_counter() - start < seconds:
+            while not stop.is_set():
                 ours.read()
                 moved += nbytes
             return moved / (time.perf_counter() - start)
 
-        for _ in range(rounds):
-            trial: dict[str, float] = {"reads_alone": reads_for()}
-            stop = threading.Event()
-            timer = threading.Timer(seconds, stop.set)
-            timer.start()
-            trial["matmuls_alone"] = matmuls_until(stop)
-            stop, rates = threading.Event(), []
-            thread = threading.Thread(target=lambda s=stop, r=rates: r.append(matmuls_until(s)))
-            thread.start()
-            trial["reads_beside"] = reads_for()
+        def for_a_while(*works: Callable[[threading.Event], float]) -> list[float]:
+            stop, rates = threading.Event(), [0.0] * len(works)
+
+            def run(index: int) -> None:
+                rates[index] = works[index](stop)
+
+            threads = [threading.Thread(target=run, args=(i,)) for i in range(len(works))]
+            for thread in threads:
+                thread.start()
+            time.sleep(seconds)
             stop.set()
-            thread.join()
-            trial["matmuls_beside"] = rates[0]
+            for thread in threads:
+                thread.join()
+            return rates
+
+        # Short slices in turn, so that whatever else the machine does falls on all alike.
+        for _ in range(rounds):
+            [reads_alone] = for_a_while(reads_until)
+            [matmuls_alone] = for_a_while(matmuls_until)
+            reads_beside, matmuls_beside = for_a_while(reads_until, matmuls_until)
+            trial = {
+                "reads_alone": reads_alone,
+                "matmuls_alone": matmuls_alone,
+                "reads_beside": reads_beside,
+                "matmuls_beside": matmuls_beside,
+            }
             raw.setdefault("overlap", []).append(trial)
         ours.close()
     pool.close()
@@ -319,7 +332,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch)
         compare_rates(folder, nbytes, rounds, raw)
-        beside_matmul(folder, 1.5 if arguments.quick else 5.0, rounds, raw)
+        beside_matmul(folder, 0.5, 12 if arguments.quick else 60, raw)
         commit_cost(folder, 10 if arguments.quick else 40, raw)
         resume_seconds(folder, raw)
     print_table(raw)

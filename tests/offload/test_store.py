@@ -328,19 +328,57 @@ class _Photographer(Faults):
         return got_bytes
 
 
+@final
+class _PowerCut(Faults):
+    """Pictures of what a power cut leaves at the worst: nothing that was not synced.
+
+    A file holds what it held at its last sync, and a folder the names of its last sync.
+    """
+
+    def __init__(self, folder: Path, album: Path) -> None:
+        self.folder = folder
+        self.album = album
+        self.pictures: list[Path] = []
+        self._data: dict[int, bytes] = {}
+        self._names: dict[str, int] = {}
+        self._effect: Call | None = None
+
+    def before(self, call: Call) -> None:
+        # A sync has taken effect when the next call is made: the test does one thing at a time.
+        if self._effect is not None and self._effect.operation is Operation.SYNC:
+            if self._effect.path == self.folder:
+                self._names = {path.name: path.stat().st_ino for path in self.folder.iterdir()}
+            else:
+                path = self._effect.path
+                self._data[path.stat().st_ino] = path.read_bytes()
+        self._effect = call
+        picture = self.album / f"{len(self.pictures):04}"
+        picture.mkdir(parents=True)
+        for name, inode in self._names.items():
+            (picture / name).write_bytes(self._data.get(inode, b""))
+        self.pictures.append(picture)
+
+    def after(self, call: Call, got_bytes: int) -> int:
+        return got_bytes
+
+
+@pytest.mark.parametrize("camera_of", [_Photographer, _PowerCut])
 @pytest.mark.parametrize("durability", ["step", "checkpoint"])
 def test_a_crash_at_any_system_call_leaves_the_last_commit(
-    tmp_path: Path, durability: Durability
+    tmp_path: Path,
+    durability: Durability,
+    camera_of: type[_Photographer] | type[_PowerCut],
 ) -> None:
     folder = tmp_path / "run"
-    camera = _Photographer(folder, tmp_path / "album")
+    camera = camera_of(folder, tmp_path / "album")
     real_steps = {"step": [1, 2, 3, 4], "checkpoint": [2, 4]}[durability]
     committed_by: dict[int, int] = {}
     with lanes_with(camera) as lanes:
         folder.mkdir()
         with make(lanes, folder, durability=durability, snapshot_every=2) as store:
-            for step in range(1, 5):
+            for step in range(1, 6):
                 run_steps(store, step, step)
+                # The picture before a commit's last sync took effect is the last without it.
                 committed_by[step] = len(camera.pictures)
                 if durability == "step":
                     write(store, "s", 99)
@@ -358,10 +396,11 @@ def test_a_crash_at_any_system_call_leaves_the_last_commit(
                     make(lanes, picture, durability=durability).close()
                 continue
             with store:
-                assert store.step in (least, *[s for s in real_steps if s > least][:1])
+                following = [s for s in (*real_steps, 5) if s > least][:1]
+                assert store.step in (least, *following)
                 assert_at_step(store, store.step)
                 seen.add(store.step)
-    assert seen == set(real_steps)
+    assert seen >= set(real_steps)
 
 
 # A model of the store #
