@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from headrace.offload.backing import StoreBacking
@@ -21,7 +20,8 @@ from headrace.offload.chunk import ChunkLayout, Tile, plan_tiles
 from headrace.offload.engine import Chunk
 from headrace.offload.errors import BudgetError, HeadraceError
 from headrace.offload.extents import Region
-from headrace.offload.gradient import Gradients
+from headrace.offload.gradient import Gradients, HostGradient
+from headrace.offload.handle import GradientHandle
 from headrace.offload.io import DiskLanes
 from headrace.offload.pool import Slab
 from headrace.offload.protocols import UpdateRule
@@ -77,8 +77,6 @@ class Training:
         self._gathered = gathered
         self._options = options
         self._optimizer: RuleOptimizer | None = None
-        self._factor: Tensor | None = None
-        self._clipped = False
         self._owned: set[int] = set()
         # Small mutable state of the run (RNG, adapters, ...), gathered at each commit.
         self.user_state: Callable[[], tuple[dict[str, Any], dict[str, bytes]]] = lambda: ({}, {})
@@ -217,11 +215,6 @@ class Training:
         states = StateTiles(
             store, tiles, ring, resident, write_through=options.durability == "step"
         )
-        order = tuple(
-            name
-            for name in (n for b in runtime.bound.values() for n in b.parameters)
-            if name in trainable
-        )
 
         def slot_update(name: str) -> tuple[UpdateRule, Mapping[str, Any], int]:
             parameter = trainable[name]
@@ -234,7 +227,6 @@ class Training:
             layouts=layouts,
             mode=options.update,
             slot_update=slot_update,
-            parameter_order=order,
             write_through=options.durability == "step",
         )
         early = options.update == "backward" and store.can_roll_back()
@@ -246,6 +238,8 @@ class Training:
             scratch=None if early or hold_all else self._scratch,
             complete=updates.add,
         )
+        updates.arrived = self._arrived
+        updates.gradients.dropped = self._dropped
         runtime.gradients, runtime.updates = updates.gradients, updates
         runtime.training_schedule(list(engine.chunks), frozenset(layouts), options.update)
         runtime.closing.callback(self._close)
@@ -367,24 +361,37 @@ class Training:
         return id(parameter) in self._owned
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Compute the global norm now; the next ``finish_step`` scales by it."""
-        updates = self._runtime.updates
-        if updates is None or self._optimizer is None:
-            parameters = [
-                p
-                for bound in self._runtime.bound.values()
-                for p in bound.parameters.values()
-                if p.grad is not None
-            ]
-            return nn.utils.clip_grad_norm_(parameters, max_norm)
-        norm = self._norm(self._optimizer, updates)
-        self._factor = updates.scale(norm, max_norm) if max_norm != float("inf") else None
-        self._clipped = True
-        return norm
+        """``torch.nn.utils.clip_grad_norm_`` over everything the optimizer updates."""
+        assert self._optimizer is not None, "bind an optimizer first"
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    def _norm(self, optimizer: RuleOptimizer, updates: Updates) -> Tensor:
-        resident = [torch.linalg.vector_norm(g) for g in optimizer.resident_gradients()]
-        return updates.total_norm(resident)
+    def _arrived(self, gradient: HostGradient) -> None:
+        """Let the user's code see a complete gradient as ``.grad``."""
+        updates = self._runtime.updates
+        assert updates is not None
+        for name, parameter in self._runtime.bound[gradient.name].parameters.items():
+            if name in gradient.touched:
+                parameter.grad = GradientHandle.make(
+                    name, parameter, gradient.norms[name], may_scale=not updates.early
+                )
+
+    def _dropped(self, chunk: str) -> bool:
+        """Whether zero_grad took back what ``_arrived`` gave."""
+        parameters = self._runtime.bound[chunk].parameters.values()
+        return all(p.grad is None for p in parameters if p.requires_grad)
+
+    def _take_factors(self) -> dict[str, Tensor | float]:
+        """The scalings that were asked of the gradients; afterwards ``.grad`` is None again."""
+        factors: dict[str, Tensor | float] = {}
+        for bound in self._runtime.bound.values():
+            for name, parameter in bound.parameters.items():
+                handle = parameter.grad
+                if isinstance(handle, GradientHandle):
+                    if handle.factor is not None:
+                        factors[name] = handle.factor
+                    parameter.grad = None
+        return factors
 
     def finish_step(self) -> bool:
         """End the step of the streamed parameters and commit it; False if it was skipped."""
@@ -394,14 +401,22 @@ class Training:
         if updates is None:
             runtime.end_step()
             return True
-        if optimizer.max_grad_norm is not None and not self._clipped:
-            norm = self._norm(optimizer, updates)
-            self._factor = updates.scale(norm, optimizer.max_grad_norm)
-            self.last_grad_norm = optimizer.last_grad_norm = float(norm)
-        factor, self._factor, self._clipped = self._factor, None, False
-        done = updates.finish_step(factor, self._commit_with(self._record()))
-        if factor is not None and done:
-            optimizer.scale_resident_gradients(factor)
+        assert updates.gradients is not None
+        if not updates.early:
+            for gradient in updates.gradients.complete():
+                if self._dropped(gradient.name):
+                    updates.gradients.drop(gradient.name)
+        if optimizer.max_grad_norm is not None:
+            if updates.early:
+                raise HeadraceError(
+                    f"max_grad_norm={optimizer.max_grad_norm} needs update='forward': with "
+                    f"update='backward' chunks are updated before the global norm is known. Load "
+                    f"with update='forward', or make the optimizer with max_grad_norm=None."
+                )
+            self.last_grad_norm = optimizer.last_grad_norm = float(
+                self.clip_grad_norm_(optimizer.max_grad_norm)
+            )
+        done = updates.finish_step(self._take_factors(), self._commit_with(self._record()))
         runtime.end_step()
         return done
 

@@ -99,7 +99,10 @@ class Gradients:
         self._complete = complete
         self._hold_all = hold_all
         self._outstanding: dict[str, int] = {}
+        # Whether the user has dropped a complete gradient (zero_grad without a step).
+        self.dropped: Callable[[str], bool] = lambda name: False
         self._partial: dict[str, HostGradient] = {}
+        self._begun: set[str] = set()  # visited in this backward pass, with visits to come
         sizes = sorted((self.layouts[n].nbytes for n in on_device), reverse=True)
         self._idle_device: list[DeviceSlot] = [
             engine.acquire_device("gradients", nbytes) for nbytes in sizes[:2]
@@ -219,9 +222,24 @@ class Gradients:
             raise
         self._move(name, layout, slot, gradient.touched)
 
+    def _current(self, name: str) -> HostGradient | None:
+        """The gradient to add to; one that the user dropped since is released."""
+        partial = self._partial.get(name)
+        if partial is None or name in self._begun or not self.dropped(name):
+            return partial
+        self._engine.drain()  # it may still be on its way
+        self.release(self._partial.pop(name))
+        return None
+
+    def drop(self, name: str) -> None:
+        """Release a complete gradient that will not be applied."""
+        self._engine.drain()
+        self.release(self._partial.pop(name))
+
     def _move(self, name: str, layout: ChunkLayout, slot: DeviceSlot, touched: set[str]) -> None:
         engine = self._engine
-        partial = self._partial.get(name)
+        partial = self._current(name)
+        self._begun.add(name)
         if partial is not None:
             self.restore(partial, must=True)
         if not touched:
@@ -266,7 +284,8 @@ class Gradients:
     def on_host(self, name: str) -> Iterator[dict[str, Tensor]]:
         """Lend the chunk's gradient in host memory for additions there (embedding rows)."""
         layout = self.layouts[name]
-        partial = self._partial.get(name)
+        partial = self._current(name)
+        self._begun.add(name)
         if partial is None:
             partial = self._partial[name] = HostGradient(name, layout, self._host_slab(name))
             partial.buffer[: layout.nbytes].zero_()
@@ -283,6 +302,7 @@ class Gradients:
         self._outstanding[name] = left
         if left <= 0:
             self._outstanding.pop(name)
+            self._begun.discard(name)
             partial = self._partial.get(name)
             if partial is not None:
                 if self._scratch is not None:
@@ -305,6 +325,7 @@ class Gradients:
             self.release(gradient)
         self._partial.clear()
         self._outstanding.clear()
+        self._begun.clear()
 
     def close(self) -> None:
         """Give every slab and device buffer back; nothing may be in flight."""

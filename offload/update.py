@@ -12,7 +12,7 @@ s names; clipping multiplies gradients in their own dtype, as ``clip_grad_norm_`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, final
@@ -42,6 +42,7 @@ class SlotUpdate:
     hyper: Mapping[str, Any]
     step: int
     seed: int
+    factor: Tensor | float | None  # multiplies the gradient, in its own dtype, before the update
 
 
 @final
@@ -163,7 +164,6 @@ class Updates:
         layouts: Mapping[str, ChunkLayout],
         mode: str,
         slot_update: Callable[[str], tuple[UpdateRule, Mapping[str, Any], int]],
-        parameter_order: tuple[str, ...],
         write_through: bool,
     ) -> None:
         """``slot_update(name)`` gives (rule, hyper-parameters now, seed) of a parameter."""
@@ -173,14 +173,15 @@ class Updates:
         self._layouts = layouts
         self.mode = mode
         self._slot_update = slot_update
-        self._parameter_order = parameter_order
         self._write_through = write_through
         self.gradients: Gradients | None = None
+        # Told of every complete gradient, before it may be applied.
+        self.arrived: Callable[[HostGradient], None] = lambda gradient: None
         self.slot_steps: dict[str, int] = {}
         self.steps = 0
         self.skipped_steps = 0
         self._held: dict[str, HostGradient] = {}
-        self._ready: dict[str, tuple[dict[str, SlotUpdate], Tensor | None]] = {}
+        self._ready: dict[str, dict[str, SlotUpdate]] = {}
         self._norms: dict[str, Tensor] = {}
         self._applied: set[str] = set()  # chunks updated in this step already
         self._running = 0
@@ -201,6 +202,11 @@ class Updates:
 
     # Gradients arrive
 
+    @property
+    def early(self) -> bool:
+        """Whether gradients are applied while backward still runs."""
+        return self._early
+
     def add(self, gradient: HostGradient) -> None:
         """Take note of a gradient that is complete for this backward pass."""
         name = gradient.name
@@ -210,45 +216,37 @@ class Updates:
                 f"already applied the first. Put the whole batch through one forward pass "
                 f"(micro_batch= splits it inside), or load with update='forward'."
             )
+        gradient.complete_norms()
+        self.arrived(gradient)
         if not self._early:
             return  # stays with Gradients: later backward passes of this step add to it
         self._finish_previous()
-        gradient.complete_norms()
         finite = all(bool(torch.isfinite(n)) for n in gradient.norms.values())
         self._norms.update(gradient.norms)
         assert self.gradients is not None
         self._held[name] = self.gradients.take(name)
         self._applied.add(name)
         if finite and self._all_finite():
-            self._ready[name] = (self._snapshot(gradient), None)
+            self._ready[name] = self._snapshot(gradient, {})
             self.start(self._engine.chunks[name], True)
 
     def _all_finite(self) -> bool:
         return all(bool(torch.isfinite(n)) for n in self._norms.values())
 
-    def _snapshot(self, gradient: HostGradient) -> dict[str, SlotUpdate]:
+    def _snapshot(
+        self, gradient: HostGradient, factors: Mapping[str, Tensor | float]
+    ) -> dict[str, SlotUpdate]:
         updates: dict[str, SlotUpdate] = {}
         for slot in gradient.layout.slots:
             if slot.name in gradient.touched:
                 rule, hyper, seed = self._slot_update(slot.name)
                 step = self.slot_steps.get(slot.name, 0) + 1
                 self.slot_steps[slot.name] = step
-                updates[slot.name] = SlotUpdate(rule, dict(hyper), step, seed)
+                factor = factors.get(slot.name)
+                updates[slot.name] = SlotUpdate(rule, dict(hyper), step, seed, factor)
         return updates
 
     # The end of a step
-
-    def total_norm(self, others: Sequence[Tensor] = ()) -> Tensor:
-        """The 2-norm of all gradients of the step, as ``clip_grad_norm_`` computes it.
-
-        ``others``: norms of gradients that are not streamed.
-        """
-        self._collect_norms()
-        norms = [self._norms[n] for n in self._parameter_order if n in self._norms]
-        norms.extend(others)
-        if not norms:
-            return torch.zeros(())
-        return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
     def _collect_norms(self) -> None:
         assert self.gradients is not None
@@ -256,17 +254,15 @@ class Updates:
             gradient.complete_norms()
             self._norms.update(gradient.norms)
 
-    def scale(self, total_norm: Tensor, max_norm: float) -> Tensor:
-        """The factor ``clip_grad_norm_`` would multiply gradients by."""
-        return torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
-
-    def finish_step(self, factor: Tensor | None, commit: Callable[[], Transfer] | None) -> bool:
+    def finish_step(
+        self, factors: Mapping[str, Tensor | float], commit: Callable[[], Transfer] | None
+    ) -> bool:
         """End a step: apply what waits (now or during the next forward); False: it was skipped.
 
-        ``factor`` multiplies every gradient (clipping).  ``commit`` is called once all updates
-        of the step are in the store.
+        ``factors`` multiply gradients (clipping), by parameter name.  ``commit`` is called once
+        all updates of the step are in the store.
         """
-        if factor is not None and self._early:
+        if factors and self._early:
             raise HeadraceError(
                 "clipping by the global norm needs update='forward': with update='backward' "
                 "chunks are updated before the norm is known. Load with update='forward', or "
@@ -283,7 +279,7 @@ class Updates:
         if not self._early:
             for gradient in self.gradients.complete():
                 self._held[gradient.name] = self.gradients.take(gradient.name)
-                self._ready[gradient.name] = (self._snapshot(gradient), factor)
+                self._ready[gradient.name] = self._snapshot(gradient, factors)
         self._end_of_step()
         self.steps += 1
         self._commit_due = commit
@@ -333,9 +329,9 @@ class Updates:
         if not self._engine.take_for_update(chunk, must=must):
             return False
         self._await_commit()
-        updates, factor = self._ready.pop(chunk.name)
+        updates = self._ready.pop(chunk.name)
         future: Future[Transfer] = self._thread.submit(
-            self._run, chunk, gradient, updates, factor, chunk.filling
+            self._run, chunk, gradient, updates, chunk.filling
         )
         self._running += 1
         chunk.writing += 1
@@ -378,7 +374,6 @@ class Updates:
         chunk: Chunk,
         gradient: HostGradient,
         updates: Mapping[str, SlotUpdate],
-        factor: Tensor | None,
         filling: Transfer | None,
     ) -> Transfer:
         """On the update lane: bring one chunk's weights and states one step further."""
@@ -408,9 +403,9 @@ class Updates:
                     grad = gradients[name]
                     if rule.elementwise:
                         grad = grad.view(-1)[piece.start : piece.stop]
-                    if factor is not None:
-                        grad.mul_(factor.to(grad.device))
                     u = updates[name]
+                    if u.factor is not None:
+                        grad.mul_(u.factor)
                     rule.update(
                         weight,
                         grad,
