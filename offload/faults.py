@@ -68,7 +68,8 @@ class Fault:
 
     ``path_part`` restricts the fault to paths that contain it, ``operation`` to one kind of
     call.  ``code`` is the errno of an ``ERROR``; ``got_bytes`` what a ``SHORT`` call reports;
-    ``seconds`` how long a ``SLOW`` call is held up.
+    ``seconds`` how long a ``SLOW`` or ``HANG`` call is held up (0 for a
+    ``HANG``: until released).
     """
 
     kind: FaultKind
@@ -132,7 +133,7 @@ class ScriptedFaults(Faults):
                 time.sleep(fault.seconds)
             elif fault.kind is FaultKind.HANG:
                 self.hanging.set()
-                self._released.wait()
+                self._released.wait(fault.seconds or None)
             else:
                 raise OSError(fault.code, os.strerror(fault.code), str(call.path))
 

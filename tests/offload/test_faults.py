@@ -159,7 +159,7 @@ def test_a_hanging_disk_is_named_instead_of_waited_for(
         pytest.raises(StuckLaneError, match=rf"{lane.value} is stuck for \d"),
         store_at_step_2(tmp_path, hang_timeout_seconds=0.2) as (store, script),
     ):
-        script.arm(Fault(FaultKind.HANG, operation))
+        script.arm(Fault(FaultKind.HANG, operation, seconds=20.0))
         try:
             do_step(store, 3)
         finally:

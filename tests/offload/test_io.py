@@ -187,7 +187,7 @@ def test_an_error_names_everything_and_stops_the_lanes(
 
 
 def test_transfers_behind_a_failure_fail_too(tmp_path: Path) -> None:
-    hang = Fault(FaultKind.HANG, Operation.READ)
+    hang = Fault(FaultKind.HANG, Operation.READ, seconds=20.0)
     lanes, script = lanes_with(hang, Fault(FaultKind.ERROR, Operation.READ), read_threads=1)
     view = memoryview(bytearray(4096))
     with lanes, DirectFile.create(tmp_path / "file", nbytes=4096) as file:
@@ -234,7 +234,7 @@ def test_what_a_hook_raises_fails_its_transfer(tmp_path: Path) -> None:
 
 
 def test_a_transfer_waits_for_the_one_it_comes_after(tmp_path: Path) -> None:
-    lanes, script = lanes_with(Fault(FaultKind.HANG, Operation.WRITE))
+    lanes, script = lanes_with(Fault(FaultKind.HANG, Operation.WRITE, seconds=20.0))
     source, target = memoryview(bytearray(b"n" * 4096)), memoryview(bytearray(4096))
     with lanes, DirectFile.create(tmp_path / "file", nbytes=4096) as file:
         write = lanes.write(file, 0, source, label="write")
@@ -248,7 +248,7 @@ def test_a_transfer_waits_for_the_one_it_comes_after(tmp_path: Path) -> None:
 
 
 def test_a_hanging_disk_is_reported_with_lane_transfer_and_seconds(tmp_path: Path) -> None:
-    hang = Fault(FaultKind.HANG, Operation.READ)
+    hang = Fault(FaultKind.HANG, Operation.READ, seconds=20.0)
     lanes, script = lanes_with(hang, hang_timeout_seconds=0.1)
     with lanes, DirectFile.create(tmp_path / "file", nbytes=4096) as file:
         transfer = lanes.read(file, 0, memoryview(bytearray(4096)), label="layers.7")
@@ -259,7 +259,7 @@ def test_a_hanging_disk_is_reported_with_lane_transfer_and_seconds(tmp_path: Pat
 
 
 def test_closing_over_a_hanging_disk_reports_it_too(tmp_path: Path) -> None:
-    hang = Fault(FaultKind.HANG, Operation.WRITE)
+    hang = Fault(FaultKind.HANG, Operation.WRITE, seconds=20.0)
     lanes, script = lanes_with(hang, hang_timeout_seconds=0.1)
     file = DirectFile.create(tmp_path / "file", nbytes=4096)
     with pytest.raises(StuckLaneError, match="disk_write is stuck"), lanes:
@@ -269,7 +269,7 @@ def test_closing_over_a_hanging_disk_reports_it_too(tmp_path: Path) -> None:
 
 
 def test_a_caller_may_set_its_own_limit(tmp_path: Path) -> None:
-    lanes, script = lanes_with(Fault(FaultKind.HANG, Operation.READ))
+    lanes, script = lanes_with(Fault(FaultKind.HANG, Operation.READ, seconds=20.0))
     with lanes, DirectFile.create(tmp_path / "file", nbytes=4096) as file:
         transfer = lanes.read(file, 0, memoryview(bytearray(4096)), label="layers.7")
         with pytest.raises(StuckLaneError, match=r"layers\.7.*within 0\.05 seconds"):
@@ -304,7 +304,7 @@ def test_a_failure_that_nobody_waited_for_is_raised_at_the_end(tmp_path: Path) -
 
 
 def test_a_file_is_closed_only_when_its_transfers_have_ended(tmp_path: Path) -> None:
-    lanes, script = lanes_with(Fault(FaultKind.HANG, Operation.WRITE))
+    lanes, script = lanes_with(Fault(FaultKind.HANG, Operation.WRITE, seconds=20.0))
     with lanes:
         file = DirectFile.create(tmp_path / "file", nbytes=8192)
         fd = file.fileno()
@@ -322,7 +322,9 @@ def test_a_file_is_closed_only_when_its_transfers_have_ended(tmp_path: Path) -> 
 
 
 def test_leaving_by_an_exception_drops_what_has_not_started(tmp_path: Path) -> None:
-    lanes, script = lanes_with(Fault(FaultKind.HANG, Operation.WRITE), write_threads=1)
+    lanes, script = lanes_with(
+        Fault(FaultKind.HANG, Operation.WRITE, seconds=20.0), write_threads=1
+    )
     file = DirectFile.create(tmp_path / "file", nbytes=16384)
     view = memoryview(bytearray(4096))
     with pytest.raises(KeyError), lanes:

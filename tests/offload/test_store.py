@@ -259,7 +259,7 @@ def test_scratch_stores_take_half_the_room_and_are_not_resumed(
 
 def test_a_pending_commit_shields_both_its_extents_and_the_older_ones(tmp_path: Path) -> None:
     script = ScriptedFaults(
-        [Fault(FaultKind.HANG, Operation.RENAME, path_part="commit.json", nth=2)]
+        [Fault(FaultKind.HANG, Operation.RENAME, path_part="commit.json", nth=2, seconds=20.0)]
     )
     with lanes_with(script) as lanes, make(lanes, tmp_path) as store:
         run_steps(store, 1, 1)
