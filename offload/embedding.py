@@ -108,6 +108,7 @@ class StreamedEmbedding:
         rows = torch.zeros(
             (len(gather.unique), weight.shape[1]), dtype=weight.dtype, device=gradient.device
         )
+        weight.grad = None  # a handle of an earlier backward pass of this step
         try:
             with torch.enable_grad():
                 output = self._run(gather, gather.inverse[part], rows)

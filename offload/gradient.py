@@ -212,6 +212,8 @@ class Gradients:
     def collect(self, name: str) -> Iterator[DeviceGradient]:
         """Lend zeroed device views for one backward visit; afterwards move them to the host."""
         layout = self.layouts[name]
+        self._current(name)  # before the visit replaces .grad, by which a drop is seen
+        self._begun.add(name)
         slot = self._device_slot(layout.nbytes)
         try:
             slot.buffer[: layout.nbytes].zero_()
@@ -238,8 +240,7 @@ class Gradients:
 
     def _move(self, name: str, layout: ChunkLayout, slot: DeviceSlot, touched: set[str]) -> None:
         engine = self._engine
-        partial = self._current(name)
-        self._begun.add(name)
+        partial = self._partial.get(name)
         if partial is not None:
             self.restore(partial, must=True)
         if not touched:
