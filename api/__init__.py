@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .exporting import export
     from .loading import load
     from .reporting import Report, report, statistics
+    from .resuming import resume
     from .tuning import TuneOptions, TuneResult, tune
 
 _HOMES = MappingProxyType(
@@ -30,6 +31,7 @@ _HOMES = MappingProxyType(
         "default_budgets": "budgets",
         "export": "exporting",
         "load": "loading",
+        "resume": "resuming",
         "parse_bytes": "budgets",
         "report": "reporting",
         "statistics": "reporting",
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "parse_bytes",
     "report",
+    "resume",
     "statistics",
     "tune",
 ]

@@ -152,10 +152,16 @@ def _tune(chosen: argparse.Namespace) -> _Output:
     transformers_logging.set_verbosity_error()
     watcher = ConsoleWatcher()
     options = options_of(chosen, watcher)
-    result = tune(options, watcher=watcher)
+    try:
+        result = tune(options, watcher=watcher)
+    except KeyboardInterrupt:
+        store = options.store_folder
+        if store is not None and store.is_dir():
+            watcher.say(f"to go on: headrace tune --resume {store}")
+        raise
     lines = [
         f"{result.steps} steps, {result.num_tokens:,} tokens in {result.train_seconds:.0f} s "
-        f"({result.num_tokens / result.train_seconds:,.0f} tokens/s); "
+        f"({result.num_tokens / max(result.train_seconds, 1e-9):,.0f} tokens/s); "
         f"the whole run {result.total_seconds:.0f} s",
         f"saved in {result.out}",
     ]

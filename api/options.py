@@ -44,7 +44,8 @@ class TuneOptions:
 
     Memory: ``device`` (None: the accelerator if there is one), ``device_budget`` and
     ``host_budget`` (bytes or text; None: what is free less a margin), ``store`` (folder for what
-    changes; None: ``<out>.store`` for ``method="full"``).
+    changes; None: ``<out>.store`` for ``method="full"``, nothing for LoRA), ``resume`` (go on with
+    the run that the store holds, which had the same options).
 
     Training: ``steps`` or ``epochs`` (neither: one epoch), rows a step ``batch_size``, rows
     through a layer at a time ``micro_batch``, tokens a row ``seq_len``, ``lr`` (None: 2e-4 for
@@ -69,6 +70,7 @@ class TuneOptions:
     device_budget: int | str | None = None
     host_budget: int | str | None = None
     store: Path | None = None
+    resume: bool = False
     steps: int | None = None
     epochs: float | None = None
     batch_size: int = 8
@@ -126,6 +128,8 @@ class TuneOptions:
         for name in ("device_budget", "host_budget"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name), what=_flag(name))
+        if self.resume and self.store_folder is None:
+            raise InputError("a run without a store cannot be resumed; give its --store")
         check_new_folder(self.out)
 
     @property

@@ -15,6 +15,7 @@ from .demo import DEMO_MODEL, demo_data, demo_model
 from .errors import InputError
 from .options import CHOICES, TuneOptions, option_default
 from .progress import Watcher
+from .resuming import recorded_options
 
 # Chosen by experiment for two CPU cores; see the README for what it prints.
 _DEMO = {
@@ -43,6 +44,12 @@ def add_tune_arguments(command: argparse.ArgumentParser) -> None:
     _add(what, "method", str, "adapters on a frozen base, or every weight")
     what.add_argument(
         "--demo", action="store_true", help="SmolLM2-135M on Python's help texts; needs no network"
+    )
+    what.add_argument(
+        "--resume",
+        type=Path,
+        metavar="STORE",
+        help="go on with the stopped run that this store holds; its options come with it",
     )
     memory = command.add_argument_group("memory")
     _add(memory, "device", str, "cuda, cuda:1 or cpu (default: the accelerator if there is one)")
@@ -99,8 +106,10 @@ def options_of(chosen: argparse.Namespace, watcher: Watcher) -> TuneOptions:
     given = {
         field.name: getattr(chosen, field.name)
         for field in fields(TuneOptions)
-        if field.name in chosen
+        if field.name in chosen and field.name != "resume"
     }
+    if "resume" in chosen:
+        return recorded_options(chosen.resume, given)
     demo = "demo" in chosen
     if demo:
         if "epochs" in given:

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from .data import IGNORED_LABEL
-from .exporting import write_model
+from .exporting import streamed_model_of, write_model
 from .options import TuneOptions
 from .preparation import Material, prepare
 from .progress import ConsoleWatcher, StepEvent, Watcher
 from .reporting import SUMMARY_NAME, Report, report
+from .resuming import Memory
 from .saving import written_whole
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, slots=True)
 class TuneResult:
-    """What a run produced; losses are nats a token on held-out rows, None if none are held out."""
+    """What a run produced; losses are nats a token on held-out rows, None if none are held out.
+
+    ``step_losses`` are those of this process: a resumed run has those of its later part.
+    """
 
     out: Path
     steps: int
@@ -96,6 +100,7 @@ def _opened(options: TuneOptions) -> Iterator[PreTrainedModel]:
         store=options.store_folder,
         micro_batch=options.micro_batch,
         update=options.update,
+        resume=options.resume,
     )
     assert isinstance(model, StreamedModel)
     try:
@@ -128,6 +133,9 @@ def _train(
     from headrace.optim import adamw
 
     model: Any = _with_adapters(options, opened) if options.method == "lora" else opened
+    training = streamed_model_of(opened)._training_side
+    memory = Memory(options, material.train)
+    training.user_state = memory.capture
     optimizer = adamw(
         model,
         lr=options.learning_rate,
@@ -137,17 +145,23 @@ def _train(
         seed=options.seed,
     )
     steps = material.steps
+    first_step = training.steps
+    if options.resume:
+        assert options.store_folder is not None
+        memory.restore(training.resumed_user or {}, options.store_folder)
+        watcher.say(f"going on after step {first_step} of {steps}")
+    else:
+        memory.loss_before = _evaluated(options, material, model, watcher, "before")
+        memory.sample_before = _sampled(options, material, model, watcher, "before")
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = options.learning_rate
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: options.lr_factor(step, steps)
+        optimizer, lambda step: options.lr_factor(step, steps), last_epoch=first_step - 1
     )
-    loss_before = _evaluated(options, material, model, watcher, "before")
-    sample_before = _sampled(options, material, model, watcher, "before")
     losses: list[float] = []
-    num_tokens = 0
-    train_seconds = 0.0
     watcher.begin(steps)
     try:
-        for step in range(steps):
+        for step in range(first_step, steps):
             started = time.perf_counter()
             batch = material.batch(material.train, material.order.rows(step), model.device)
             tokens = int(batch["attention_mask"].sum())
@@ -157,29 +171,29 @@ def _train(
             losses.append(float(loss.detach()))
             loss.backward()
             del loss
+            memory.num_tokens += tokens
             optimizer.step()
             scheduler.step()
             model.zero_grad()
             seconds = time.perf_counter() - started
-            num_tokens += tokens
-            train_seconds += seconds
+            memory.train_seconds += seconds
             watcher.step(_event(step + 1, steps, losses[-1], lr, tokens, seconds, report(opened)))
             if options.eval_every and (step + 1) % options.eval_every == 0 and step + 1 < steps:
                 _evaluated(options, material, model, watcher, f"after step {step + 1}")
     finally:
         watcher.end()
-    final = report(opened, tokens_per_step=round(num_tokens / steps))
+    final = report(opened, tokens_per_step=round(memory.num_tokens / steps))
     loss_after = _evaluated(options, material, model, watcher, "after")
     sample_after = _sampled(options, material, model, watcher, "after")
     result = TuneResult(
         out=options.out,
         steps=steps,
-        num_tokens=num_tokens,
-        train_seconds=train_seconds,
+        num_tokens=memory.num_tokens,
+        train_seconds=memory.train_seconds,
         total_seconds=time.perf_counter() - began,
-        loss_before=loss_before,
+        loss_before=memory.loss_before,
         loss_after=loss_after,
-        sample_before=sample_before,
+        sample_before=memory.sample_before,
         sample_after=sample_after,
         step_losses=tuple(losses),
         report=final,

@@ -12,9 +12,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import headrace
+from headrace.errors import InputError
 from headrace.optim import adamw
 from headrace.preparation import prepare
 from headrace.progress import Silent, StepEvent, Watcher
+from headrace.resuming import recorded_options
 
 
 @pytest.fixture
@@ -172,6 +174,55 @@ def test_an_interrupt_leaves_no_result_and_frees_the_store(
     from headrace.verifying import verify
 
     assert all(check.ok for check in verify([store]))
+
+
+@pytest.mark.parametrize("update", ["forward", "backward"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_resumed_run_ends_with_the_same_bits(
+    tmp_path: Path, model_folder: Path, data: Path, method: str, update: str
+) -> None:
+    changed = {"method": method, "update": update, "steps": 5, "lora_dropout": 0.1}
+    whole = make_options(tmp_path, model_folder, data, **changed)
+    expected = headrace.tune(whole, watcher=Silent())
+    store = tmp_path / "store"
+    stopped = make_options(
+        tmp_path, model_folder, data, **changed, store=store, out=tmp_path / "later"
+    )
+    watcher = Recorder(stop_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        headrace.tune(stopped, watcher=watcher)
+    options = recorded_options(store, {"host_budget": "200MB"})
+    assert options.resume and options.out == tmp_path / "later"
+    later = Recorder()
+    result = headrace.tune(options, watcher=later)
+    assert [event.loss for event in watcher.events + later.events] == list(expected.step_losses)
+    assert [event.lr for event in later.events] == [
+        options.learning_rate * options.lr_factor(step, 5) for step in (3, 4)
+    ]
+    assert result.loss_before == expected.loss_before
+    assert (result.loss_after, result.num_tokens) == (expected.loss_after, expected.num_tokens)
+    once, twice = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (whole.out, options.out)
+    )
+    for name, tensor in once.items():
+        assert torch.equal(tensor, twice[name]), name
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    store = tmp_path / "store"
+    options = make_options(tmp_path, model_folder, data, method="full", store=store)
+    with pytest.raises(KeyboardInterrupt):
+        headrace.tune(options, watcher=Recorder(stop_at=1))
+    with pytest.raises(InputError, match="--lr cannot change"):
+        recorded_options(store, {"lr": 1.0})
+    with pytest.raises(InputError, match="no such folder"):
+        recorded_options(tmp_path / "none", {})
+    data.write_text(data.read_text().replace("fox", "cat"))
+    with pytest.raises(InputError, match="the run had other training rows"):
+        headrace.tune(recorded_options(store, {}), watcher=Silent())
+    with pytest.raises(InputError, match="a run without a store"):
+        headrace.tune(make_options(tmp_path, model_folder, data, resume=True))
 
 
 def test_without_held_out_rows_there_are_no_losses(
