@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, final
 
 import torch
@@ -29,8 +29,9 @@ class EncodedSlot:
     """What a module knows of one of its encoded weights."""
 
     codec: Codec
-    shape: Shape
+    shape: Shape  # of the encoded tensor
     dtype: torch.dtype
+    transposed: bool = False  # the weight is the encoded tensor with its last axes exchanged
 
 
 @final
@@ -70,7 +71,8 @@ class EncodedModule(nn.Module):
         """Return the frozen tensor that stands for an encoded weight."""
         slot = self.encoded_slots[weight_name]
         owner = _PartsInModule(self, weight_name)
-        return encoded_tensor(owner, slot.codec, slot.shape, slot.dtype)
+        tensor = encoded_tensor(owner, slot.codec, slot.shape, slot.dtype)
+        return tensor.transpose(-2, -1) if slot.transposed else tensor  # type: ignore[return-value]
 
     def encoded_parts(self, weight_name: str) -> dict[str, Tensor]:
         """Return the current parts of an encoded weight by the codec's names."""
@@ -88,11 +90,15 @@ class EncodedModule(nn.Module):
         codec: Codec,
         shape: Shape,
         dtype: torch.dtype,
+        transposed: bool = False,
     ) -> None:
-        """Register the parts of a weight of ``shape`` that decodes to ``dtype``."""
+        """Register the parts of an encoded tensor of ``shape`` that decodes to ``dtype``.
+
+        ``transposed`` says that the weight is that tensor with its last two axes exchanged.
+        """
         codec.check_parts(parts, shape)
         self.encoded_slots = getattr(self, "encoded_slots", {}) | {
-            weight_name: EncodedSlot(codec, tuple(shape), dtype)
+            weight_name: EncodedSlot(codec, tuple(shape), dtype, transposed)
         }
         for part_name, part in parts.items():
             parameter = nn.Parameter(part, requires_grad=False)
@@ -114,9 +120,7 @@ class EncodedModule(nn.Module):
         super()._apply(keeping_part_dtypes, recurse)
         # The type to decode to follows ``.half()``, ``.to(torch.bfloat16)`` and the like.
         self.encoded_slots = {
-            weight_name: EncodedSlot(
-                slot.codec, slot.shape, fn(torch.empty(0, dtype=slot.dtype)).dtype
-            )
+            weight_name: replace(slot, dtype=fn(torch.empty(0, dtype=slot.dtype)).dtype)
             for weight_name, slot in self.encoded_slots.items()
         }
         return self
@@ -216,7 +220,36 @@ def _encoded_class(cls: type[nn.Module], weight_names: tuple[str, ...]) -> type[
         return property(read, doc=f"The frozen {weight_name}, kept encoded.")
 
     members: dict[str, Any] = {name: reader(name) for name in weight_names}
+    if issubclass(cls, EncodedModule):  # one more weight of a module that has encoded ones
+        return type(cls.__name__, (cls,), members)
     return type(f"Encoded{cls.__name__}", (EncodedModule, cls), members)
+
+
+def attach_encoded(
+    module: nn.Module,
+    weight_name: str,
+    parts: Mapping[str, Tensor],
+    *,
+    codec: Codec,
+    shape: Shape,
+    transposed: bool = False,
+) -> None:
+    """Replace one parameter of a module by parts that exist already, in place.
+
+    The parameter (which may be on ``meta``) says shape and dtype of what is decoded; the encoded
+    tensor has that shape, or, ``transposed``, that with its last two axes exchanged.
+    """
+    parameter = _parameter(module, weight_name)
+    visible = (*shape[:-2], shape[-1], shape[-2]) if transposed else tuple(shape)
+    if tuple(parameter.shape) != visible:
+        raise ValueError(
+            f"{type(module).__name__}.{weight_name} has shape {tuple(parameter.shape)}; the parts "
+            f"decode to {visible}"
+        )
+    codec.check_parts(parts, shape)
+    _become_encoded(module, (weight_name,)).add_encoded(
+        weight_name, parts, codec=codec, shape=shape, dtype=parameter.dtype, transposed=transposed
+    )
 
 
 def encode_parameters(module: nn.Module, codecs: Mapping[str, Codec]) -> None:
@@ -227,24 +260,33 @@ def encode_parameters(module: nn.Module, codecs: Mapping[str, Codec]) -> None:
     of its own class, in which each named weight is an ``EncodedTensor``; a use of
     ``module.weight[expert]`` decodes that expert only.
     """
-    chosen: dict[str, tuple[Codec, nn.Parameter]] = {}
-    for weight_name, codec in codecs.items():
-        parameter = module._parameters.get(weight_name)
-        if parameter is None:
-            raise ValueError(
-                f"{type(module).__name__} has no parameter {weight_name!r}; it has "
-                f"{sorted(name for name, value in module._parameters.items() if value is not None)}"
-            )
-        chosen[weight_name] = (codec, parameter)
-    for weight_name in chosen:
-        del module._parameters[weight_name]
-    module.__class__ = _encoded_class(type(module), tuple(chosen))  # type: ignore[arg-type]
-    assert isinstance(module, EncodedModule)
+    chosen = {name: (codec, _parameter(module, name)) for name, codec in codecs.items()}
+    encoded = {name: codec.encode(value.detach()) for name, (codec, value) in chosen.items()}
+    made = _become_encoded(module, tuple(chosen))
     for weight_name, (codec, parameter) in chosen.items():
-        module.add_encoded(
+        made.add_encoded(
             weight_name,
-            codec.encode(parameter.detach()),
+            encoded[weight_name],
             codec=codec,
             shape=tuple(parameter.shape),
             dtype=parameter.dtype,
         )
+
+
+def _parameter(module: nn.Module, weight_name: str) -> nn.Parameter:
+    parameter = module._parameters.get(weight_name)
+    if parameter is None:
+        raise ValueError(
+            f"{type(module).__name__} has no parameter {weight_name!r}; it has "
+            f"{sorted(name for name, value in module._parameters.items() if value is not None)}"
+        )
+    return parameter
+
+
+def _become_encoded(module: nn.Module, weight_names: tuple[str, ...]) -> EncodedModule:
+    """Drop the named parameters and make the module one whose weights are read encoded."""
+    for weight_name in weight_names:
+        del module._parameters[weight_name]
+    module.__class__ = _encoded_class(type(module), weight_names)  # type: ignore[arg-type]
+    assert isinstance(module, EncodedModule)
+    return module

@@ -16,6 +16,7 @@ from .codec import Codec
 from .companded import Companded4Codec, Companded8Codec
 from .fp4 import Fp4Codec
 from .fp8 import Fp8Codec
+from .gptq_packed import GptqPackedCodec
 from .int4_group import Int4GroupCodec
 from .int8_blockwise import Int8BlockwiseCodec
 from .int8_rowwise import Int8RowwiseCodec
@@ -34,6 +35,7 @@ def codec_classes() -> dict[str, type[Codec]]:
         Companded8Codec,
         Fp4Codec,
         Fp8Codec,
+        GptqPackedCodec,
         Int4GroupCodec,
         Int8BlockwiseCodec,
         Int8RowwiseCodec,
