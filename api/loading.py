@@ -62,7 +62,33 @@ def load(
     auto_class: type = AutoModelForCausalLM,
     resume: bool = False,
 ) -> PreTrainedModel:
-    """Open a model for streaming: a ``PreTrainedModel`` with nothing big in memory yet."""
+    """Open a model for streaming: a ``PreTrainedModel`` with nothing big in memory yet.
+
+    ``model`` is a folder or a hub id.  ``train``: ``"adapters"`` (frozen base, read in place and
+    never written; put PEFT adapters on top), ``"all"`` (full fine-tuning; needs ``store``), or
+    ``"none"`` (evaluation, generation, zeroth order).
+
+    Memory: ``device_budget`` and ``host_budget`` in bytes or text (``"12GB"``); default: what is
+    free, less a stated margin.  On ``device="cpu"`` both are RAM.  ``store``: the folder, or a
+    list or weighted mapping of folders on several drives, that holds what changes.
+
+    ``micro_batch``: sequences that pass through a layer at a time (None: the whole batch).
+    ``update``: when streamed parameters are updated, ``"forward"`` (default: exact clipping by
+    the global norm) or ``"backward"`` (least memory, no clipping).  ``durability``: ``"step"``
+    (every step survives a crash), ``"checkpoint"`` (every ``snapshot_every`` steps) or
+    ``"none"``.  ``activations``: where chunk inputs are parked, ``"auto"``, ``"device"``,
+    ``"host"`` or ``"disk"``.  ``loss_tile``: bytes of working memory for logits (None: a quarter
+    of the device budget).  ``dtype``: of the weights (None: the checkpoint's).
+
+    Raises ``InputError`` for options that cannot work, ``SourceError`` for shards that are
+    missing or damaged, ``BudgetError`` naming the chunk that does not fit and what would, and
+    ``UnsupportedModelError`` naming a module that cannot be streamed.
+
+    Example::
+
+        model = headrace.load("model-folder", train="all", store="run1", host_budget="8GB")
+        optimizer = headrace.optim.adamw(model, lr=1e-5)
+    """
     if train not in _TRAIN:
         raise InputError(f"train is {train!r}; choose one of {', '.join(_TRAIN)}")
     if update not in (None, "backward", "forward"):
