@@ -292,8 +292,9 @@ def stream_module(
 ) -> None:
     """Replace ``module.forward`` by its streamed form; ``name`` is its chunk.
 
-    ``position_table``: the module looks positions up that are the same for every sequence; they
-    are repeated along the batch, so that its gradient adds up micro-batch by micro-batch.
+    ``position_table``: the module looks up positions that may be the same for every sequence;
+    its output is then repeated along the batch, so that its gradient adds up micro-batch by
+    micro-batch.
     """
     kind = type(module)
 
@@ -306,6 +307,32 @@ def stream_module(
         )
 
     module.forward = forward  # type: ignore[method-assign]
+
+
+def _same_for_all(leaves: Sequence[Any]) -> bool:
+    """Whether the inputs are one row that serves every sequence."""
+    rows = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() >= 2}
+    return rows == {1}
+
+
+def _looked_up_once(original: Forward) -> Forward:
+    """Run a module on the first row and repeat its output for the others.
+
+    The gradient of a micro-batch is then summed over its sequences before the look-up's own
+    backward, as broadcasting the output against the hidden states does: the table's backward
+    would round 16-bit sums after every sequence.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        leaves, spec = tree_flatten((args, kwargs))
+        axes = [isinstance(leaf, Tensor) and leaf.dim() >= 2 for leaf in leaves]
+        rows = next(leaf.shape[0] for leaf, axis in zip(leaves, axes, strict=True) if axis)
+        first = [leaf[:1] if axis else leaf for leaf, axis in zip(leaves, axes, strict=True)]
+        args, kwargs = tree_unflatten(first, spec)
+        output = original(*args, **kwargs)
+        return output.expand(rows, *output.shape[1:])
+
+    return forward
 
 
 def streamed_forward(
@@ -328,13 +355,14 @@ def streamed_forward(
     if not plain:
         # A cache (or another object with state) belongs to the whole batch.
         slices = slices[:1]
-    if position_table and len(slices) > 1:
+    if position_table and len(slices) > 1 and _same_for_all(leaves):
         leaves = [
             leaf.expand(batch_size, *leaf.shape[1:])
-            if isinstance(leaf, Tensor) and leaf.dim() >= 2 and leaf.shape[0] == 1
+            if isinstance(leaf, Tensor) and leaf.dim() >= 2
             else leaf
             for leaf in leaves
         ]
+        original = _looked_up_once(original)
     differentiable = tuple(
         i
         for i, leaf in enumerate(leaves)
