@@ -15,7 +15,7 @@ from .demo import DEMO_MODEL, demo_data, demo_model
 from .errors import InputError
 from .options import CHOICES, TuneOptions, option_default
 from .progress import Watcher
-from .resuming import recorded_options
+from .run_memory import recorded_options
 
 # Chosen by experiment for two CPU cores; see the README for what it prints.
 _DEMO = {

@@ -24,7 +24,7 @@ from .options import TuneOptions
 from .preparation import Material, prepare
 from .progress import ConsoleWatcher, StepEvent, Watcher
 from .reporting import SUMMARY_NAME, Report, report
-from .resuming import Memory
+from .run_memory import RunMemory
 from .saving import written_whole
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _train(
 
     model: Any = _with_adapters(options, opened) if options.method == "lora" else opened
     training = streamed_model_of(opened)._training_side
-    memory = Memory(options, material.train)
+    memory = RunMemory(options, material.train)
     training.user_state = memory.capture
     optimizer = adamw(
         model,

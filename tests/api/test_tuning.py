@@ -16,7 +16,7 @@ from headrace.errors import InputError
 from headrace.optim import adamw
 from headrace.preparation import prepare
 from headrace.progress import Silent, StepEvent, Watcher
-from headrace.resuming import recorded_options
+from headrace.run_memory import recorded_options
 
 
 @pytest.fixture
