@@ -7,10 +7,12 @@ that nothing was ever committed in it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from .commit import (
     Stamp,
@@ -86,7 +88,9 @@ def open_members(
     for folder in folders:
         if not folder.is_dir():
             raise StoreError(f"{folder}: there is no such folder, so no store to open")
-    _find_layout(folders)  # before a lock file is left in a folder that is no store
+    # Before a lock file is left in a folder that is no store.
+    if not any(os.path.lexists(folder / LAYOUT_NAME) for folder in folders):
+        _refuse_no_store(folders)
     for folder in folders:
         resources.callback(FolderLock(folder).release)
     primary, layout = _find_layout(folders)
@@ -168,13 +172,17 @@ def _allocate(folder: Path, nbytes: int, lanes: DiskLanes) -> DirectFile:
         ) from error
 
 
+def _refuse_no_store(folders: Sequence[Path]) -> NoReturn:
+    raise StoreError(
+        f"{', '.join(map(str, folders))}: no store here ({LAYOUT_NAME} is missing). If the store "
+        f"has several folders, give all of them."
+    )
+
+
 def _find_layout(folders: Sequence[Path]) -> tuple[Path, Layout]:
     found = [(folder, layout) for folder in folders if (layout := read_layout(folder)) is not None]
     if not found:
-        raise StoreError(
-            f"{', '.join(map(str, folders))}: no store here ({LAYOUT_NAME} is missing). If the "
-            f"store has several folders, give all of them."
-        )
+        _refuse_no_store(folders)
     if len(found) > 1:
         raise StoreError(
             f"{found[0][0]} and {found[1][0]} are different stores; open them one at a time"
