@@ -9,7 +9,7 @@ an 8-bit or 4-bit code, and keeps a few numbers per block.  Two layouts:
   be short (statistics see it padded with zeros), and ``group_size`` 0 makes the row one block.
   Codes: 8-bit in the tensor's shape, 4-bit packed along the last axis.
 
-Work goes slab by slab (about a million elements), so scratch memory does not grow with the
+Work goes slab by slab (``slab_elements``), so scratch memory does not grow with the
 tensor; slabs start at block boundaries, so the bits do not depend on the slab size.
 """
 
@@ -25,11 +25,9 @@ import torch
 from torch import Tensor
 
 from .codec import Codec, Shape, check_input
-from .rounding import CounterGenerator, slabs
+from .rounding import CounterGenerator, slab_elements, slabs
 from .spec import TensorSpec
 from .tables import code_table, pack_nibbles, pair_table
-
-_SLAB_ELEMENTS = 1 << 20  # in flight while encoding
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class BlockCodec(Codec):
         if not self.whole_spec():
             return {}
         amax = torch.zeros((), dtype=torch.float32, device=flat.device)
-        for start, stop in slabs(flat.numel(), 1, target=_SLAB_ELEMENTS):
+        for start, stop in slabs(flat.numel(), 1, target=slab_elements(flat.device)):
             # torch.maximum keeps NaN, so that a NaN anywhere reaches the statistic.
             amax = torch.maximum(amax, flat[start:stop].to(torch.float32).abs().amax())
         return self.whole_stats(amax)
@@ -148,7 +146,7 @@ class FlatCodec(BlockCodec):
         }
         full = numel - numel % width
         # The short last block goes through on its own, unpadded.
-        ranges = [*slabs(full, width, target=_SLAB_ELEMENTS)]
+        ranges = [*slabs(full, width, target=slab_elements(x.device))]
         if full < numel:
             ranges.append((full, numel))
         for start, stop in ranges:
@@ -256,7 +254,7 @@ class RowCodec(BlockCodec):
         whole = self._whole_parts(flat)
         parts = self.empty_parts(shape, x.device)
         cursors = dict.fromkeys(parts, 0)
-        for start, stop in slabs(flat.numel(), max(cols, 1), target=_SLAB_ELEMENTS):
+        for start, stop in slabs(flat.numel(), max(cols, 1), target=slab_elements(x.device)):
             blocks = self._blocks(flat[start:stop].to(torch.float32).view(-1, cols))
             uniform = None
             if generator is not None:

@@ -26,15 +26,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
 
-from .rounding import CounterGenerator, slabs
+from .rounding import CounterGenerator, slab_elements, slabs
 from .spec import TensorSpec
 
 Shape = tuple[int, ...]
+
+#: Bytes of scratch that decoding an element may take, the greediest codec's (range expansion).
+_SCRATCH_BYTES_PER_ELEMENT: Final = 64
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class Codec(ABC):
         """Decode the parts to a tensor of ``shape`` and ``dtype`` on the parts' device.
 
         ``out``, if given, is a contiguous tensor of that shape and dtype which is filled and
-        returned.  Values are computed in fp32 and rounded once to ``dtype``.  Scratch is a few
-        MiB whatever the shape.
+        returned.  Values are computed in fp32 and rounded once to ``dtype``.  Scratch is at most
+        ``decode_scratch_bytes``, whatever the shape.
         """
         shape = tuple(shape)
         device = self.check_parts(parts, shape)
@@ -113,9 +116,15 @@ class Codec(ABC):
                 f"contiguous tensor of shape {shape} and dtype {dtype}"
             )
         flat = out.view(-1)
-        for start, stop in slabs(flat.numel(), self.decode_granule(shape)):
+        target = slab_elements(device)
+        for start, stop in slabs(flat.numel(), self.decode_granule(shape), target=target):
             flat[start:stop].copy_(self.decode_range(parts, shape, start, stop))
         return out
+
+    def decode_scratch_bytes(self, shape: Shape, device: torch.device) -> int:
+        """Bound the bytes that ``decode`` allocates beside its result and frees again."""
+        elements = max(slab_elements(device), self.decode_granule(tuple(shape)))
+        return min(elements, math.prod(shape)) * _SCRATCH_BYTES_PER_ELEMENT + (1 << 16)
 
     def check_parts(self, parts: Mapping[str, Tensor], shape: Shape) -> torch.device:
         """Refuse parts that are not those of a tensor of ``shape``; return their device."""

@@ -121,6 +121,12 @@ def bfloat16_stochastic(x: Tensor, generator: CounterGenerator) -> Tensor:
     return out.view(x.shape)
 
 
+def slab_elements(device: torch.device) -> int:
+    """Return how many elements to work on at once: within a CPU's caches, or enough to fill an
+    accelerator."""
+    return 1 << 18 if device.type == "cpu" else 1 << 22
+
+
 def slabs(count: int, granule: int, *, target: int = 1 << 20) -> Iterator[tuple[int, int]]:
     """Cut ``count`` elements into ranges that start at multiples of ``granule``.
 
