@@ -35,6 +35,7 @@ from headrace.offload.timeline import Timeline
 from headrace.offload.workspace import Workspace
 
 from .budgets import default_budgets, parse_bytes
+from .capture import CollectorTap
 from .checkpoint import Checkpoint, ConvertedBacking
 from .errors import InputError
 from .streamed_model import StreamedModel, streamed_class
@@ -210,6 +211,7 @@ def _attach(
     engine.check_budgets()
     sizes = sorted((c.layout.nbytes for c in engine.chunks.values()), reverse=True)
     device_reserve = sum(sizes[:2]) + (sum(sizes[:2]) if trainable else 0)
+    workspace = Workspace(engine, expected_bytes=min(tile_bytes + sizes[0], device_bytes // 2))
     runtime = Runtime(
         engine=engine,
         host_budget=host_budget,
@@ -221,11 +223,12 @@ def _attach(
             place=place,
             device_reserve_bytes=device_reserve,
             host_reserve_bytes=min(host_bytes, 3 * sizes[0]),
+            workspace=workspace,
         ),
         bound=bound,
         device=device,
         micro_batch=micro_batch,
-        workspace=Workspace(engine),
+        workspace=workspace,
         closing=closing,
     )
     names = list(engine.chunks)

@@ -208,10 +208,11 @@ class Training:
             n: plan_tiles(layout, dict(rules), tile_bytes=TILE_BYTES)
             for n, layout in layouts.items()
         }
+        on_device = frozenset(n for n in layouts if n not in self._gathered or self._tied(n))
+        self._check_room(layouts, tiles, on_device)  # before anything is made
         store = self._open_store(layouts, tiles)
         runtime.store = store
-        on_device = frozenset(n for n in layouts if n not in self._gathered or self._tied(n))
-        hold_all, ring, resident = self._place(layouts, tiles, on_device)
+        hold_all, ring, resident = self._place(layouts, tiles)
         states = StateTiles(
             store, tiles, ring, resident, write_through=options.durability == "step"
         )
@@ -290,29 +291,63 @@ class Training:
         engine = self._runtime.engine
         engine.drain()
         engine.forget(chunk)
-        source = engine.acquire_host(f"import {chunk.name}", chunk.backing.host_nbytes)
-        chunk.backing.read(source.view[: chunk.backing.host_nbytes], f"import {chunk.name}").wait()
-        target = source
-        if chunk.backing.host_slots != chunk.layout.slots:
-            target = engine.acquire_host(f"import {chunk.name}", chunk.layout.nbytes)
-            from_bytes = np.frombuffer(source.view, np.uint8)
-            to_bytes = np.frombuffer(target.view, np.uint8)
-            to_bytes[: chunk.layout.nbytes] = 0  # padding is part of the checksum
-            for s in chunk.backing.segments:
-                to_bytes[s.target : s.target + s.nbytes] = from_bytes[
-                    s.source : s.source + s.nbytes
-                ]
-            del from_bytes, to_bytes
-            engine.host.release(source)
-        chunk.backing = StoreBacking(store, chunk.layout)
-        chunk.backing.write(target.view[: chunk.layout.nbytes]).wait()
-        engine.host.release(target)
+        held = [engine.acquire_host(f"import {chunk.name}", chunk.backing.host_nbytes)]
+        try:
+            source = target = held[0]
+            nbytes = chunk.backing.host_nbytes
+            chunk.backing.read(source.view[:nbytes], f"import {chunk.name}").wait()
+            if chunk.backing.host_slots != chunk.layout.slots:
+                target = engine.acquire_host(f"import {chunk.name}", chunk.layout.nbytes)
+                held.append(target)
+                from_bytes = np.frombuffer(source.view, np.uint8)
+                to_bytes = np.frombuffer(target.view, np.uint8)
+                to_bytes[: chunk.layout.nbytes] = 0  # padding is part of the checksum
+                for s in chunk.backing.segments:
+                    to_bytes[s.target : s.target + s.nbytes] = from_bytes[
+                        s.source : s.source + s.nbytes
+                    ]
+                del from_bytes, to_bytes
+            chunk.backing = StoreBacking(store, chunk.layout)
+            chunk.backing.write(target.view[: chunk.layout.nbytes]).wait()
+        finally:
+            for slab in held:
+                engine.host.release(slab)
+
+    def _check_room(
+        self,
+        layouts: dict[str, ChunkLayout],
+        tiles: dict[str, tuple[Tile, ...]],
+        on_device: frozenset[str],
+    ) -> None:
+        """Refuse budgets that cannot hold one chunk beside its gradients and states."""
+        runtime = self._runtime
+        chunks = runtime.engine.chunks
+        largest_tile = max(t.nbytes for of_chunk in tiles.values() for t in of_chunk)
+        chunk_bytes, name = max((c.backing.host_nbytes, n) for n, c in chunks.items())
+        gradients = Gradients.host_bytes(layouts, hold_all=False)
+        importing = chunk_bytes + max(c.layout.nbytes for c in chunks.values())
+        least = max(2 * largest_tile + chunk_bytes + gradients, importing)
+        limit = runtime.host_budget.limit_bytes
+        if least > limit:
+            raise BudgetError(
+                f"full fine-tuning needs at least {least:,} bytes on HOST (chunk {name!r} of "
+                f"{chunk_bytes:,}, gradients {gradients:,}, two state tiles of "
+                f"{largest_tile:,}), but the budget is {limit:,}. Raise host_budget."
+            )
+        chunk_bytes, name = max((c.layout.nbytes, n) for n, c in chunks.items() if not c.gathered)
+        gradients = Gradients.device_bytes(layouts, on_device)
+        least, limit = chunk_bytes + gradients, runtime.device_budget.limit_bytes
+        if least > limit:
+            raise BudgetError(
+                f"full fine-tuning needs at least {least:,} bytes on DEVICE (chunk {name!r} of "
+                f"{chunk_bytes:,}, gradients {gradients:,}), before the computation's own "
+                f"working memory, but the budget is {limit:,}. Raise device_budget."
+            )
 
     def _place(
         self,
         layouts: dict[str, ChunkLayout],
         tiles: dict[str, tuple[Tile, ...]],
-        on_device: frozenset[str],
     ) -> tuple[bool, list[Slab], dict[str, list[Slab]]]:
         """Divide the host budget: what moves, then gradients, then weights, then states."""
         runtime, options = self._runtime, self._options
@@ -325,14 +360,6 @@ class Training:
         ring_gradients = Gradients.host_bytes(layouts, hold_all=False)
         all_gradients = Gradients.host_bytes(layouts, hold_all=True)
         weights = sum(c.backing.host_nbytes for c in engine.chunks.values())
-        least = 2 * largest_tile + largest_chunk + ring_gradients
-        if least > limit:
-            name = max(engine.chunks, key=lambda n: engine.chunks[n].backing.host_nbytes)
-            raise BudgetError(
-                f"full fine-tuning needs at least {least:,} bytes on HOST (chunk {name!r} of "
-                f"{largest_chunk:,}, gradients {ring_gradients:,}, two state tiles of "
-                f"{largest_tile:,}), but the budget is {limit:,}. Raise host_budget."
-            )
         waits = options.update == "forward" or options.durability != "step"
         hold_all = waits and moving + all_gradients <= limit
         left = limit - moving - (all_gradients if hold_all else ring_gradients) - weights
@@ -399,6 +426,10 @@ class Training:
         updates = runtime.updates
         assert optimizer is not None
         if updates is None:
+            if optimizer.max_grad_norm is not None:
+                self.last_grad_norm = optimizer.last_grad_norm = float(
+                    self.clip_grad_norm_(optimizer.max_grad_norm)
+                )
             runtime.end_step()
             return True
         assert updates.gradients is not None

@@ -23,11 +23,13 @@ from .budget import Loan
 from .chunk import PAGE_BYTES, Segment, round_up
 from .device_memory import slab_tensor
 from .engine import PREFETCH_VISITS, Engine
+from .errors import HeadraceError
 from .io import DirectFile
 from .lanes import CopyTransfer
 from .pool import Slab
 from .scratch import Scratch
 from .transfer import Transfer
+from .workspace import Workspace
 
 
 class ParkPlace(Enum):
@@ -58,10 +60,14 @@ class Parked:
         """The tensor, on the device again; call once."""
         return self._parking.fetch(self)
 
-    def __del__(self) -> None:
-        # The graph was dropped: hand the memory to the driving thread, which releases it.
+    def abandon(self) -> None:
+        """Hand the memory to the driving thread, which releases it."""
         if self.loan is not None or self.slab is not None or self.extent is not None:
             self._parking.orphans.append((self.loan, self.slab, self.extent, self.nbytes))
+        self.loan = self.slab = self.extent = self.tensor = self.upload = None
+
+    def __del__(self) -> None:
+        self.abandon()  # the graph was dropped
 
 
 @final
@@ -76,8 +82,10 @@ class Parking:
         place: ParkPlace,
         device_reserve_bytes: int,
         host_reserve_bytes: int,
+        workspace: Workspace,
     ) -> None:
-        """The reserves are left to weights and gradients, whatever is parked."""
+        """The reserves are left to weights and gradients, and the workspace, whatever is parked."""
+        self._workspace = workspace
         self._engine = engine
         self._scratch = scratch
         self._place = place
@@ -110,7 +118,8 @@ class Parking:
         return parked
 
     def _try_device(self, parked: Parked, tensor: Tensor) -> bool:
-        if self._device_bytes + parked.nbytes > self._device_room:
+        room = self._device_room - self._workspace.needed_bytes
+        if self._device_bytes + parked.nbytes > room:
             return False
         budget = self._engine.device.budget
         loan = budget.try_borrow("parked activations", parked.nbytes)
@@ -190,6 +199,11 @@ class Parking:
 
     def fetch(self, parked: Parked) -> Tensor:
         """Give a parked tensor back and start the one that was parked before it."""
+        if parked.tensor is None and parked.slab is None and parked.extent is None:
+            raise HeadraceError(
+                "a chunk's input is needed again after it was given back: backward ran twice over "
+                "one forward pass, or the model was closed in between. Run the forward pass again."
+            )
         self._bury()
         self._begin(parked)
         while self._stack and self._stack.pop()() is not parked:
@@ -221,7 +235,13 @@ class Parking:
             self._scratch.give_back(extent, round_up(nbytes, PAGE_BYTES))
 
     def close(self) -> None:
-        """Give back what dropped graphs left behind."""
+        """Give back what is parked, and what dropped graphs left behind."""
+        self._engine.drain()
+        for reference in self._stack:
+            parked = reference()
+            if parked is not None:  # its graph is alive, but no backward pass can come
+                parked.abandon()
+        self._stack.clear()
         self._bury()
 
     def _bury(self) -> None:

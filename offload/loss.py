@@ -238,6 +238,7 @@ class StreamedHead:
             + 4 * hidden.numel() * hidden.element_size(),
             f"the loss of {tokens:,} tokens at a time over a vocabulary of {self._vocabulary:,}",
         )
+        self.runtime.workspace.expect_no_more()
 
     def loss(
         self, lazy: LazyLogits, labels: Tensor | None, loss_function: LossFunction, extra: dict

@@ -47,8 +47,10 @@ def measured_graph_bytes(run: Callable[[], object], known: set[int]) -> int:
 class Workspace:
     """The loan for working memory; it only ever grows."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, expected_bytes: int) -> None:
+        """``expected_bytes``: what the loss, which comes last in a pass, will ask for at most."""
         self._engine = engine
+        self._expected_bytes = expected_bytes
         self._loan: Loan | None = None
         self._measured: set[tuple[object, ...]] = set()
 
@@ -56,6 +58,15 @@ class Workspace:
     def nbytes(self) -> int:
         """Bytes lent at present."""
         return 0 if self._loan is None else self._loan.nbytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes lent, or expected to be: what others leave alone."""
+        return max(self.nbytes, self._expected_bytes)
+
+    def expect_no_more(self) -> None:
+        """The largest request has been made."""
+        self._expected_bytes = 0
 
     def is_new(self, *key: object) -> bool:
         """Whether this kind and shape has not been measured yet; it counts as measured now."""

@@ -158,13 +158,9 @@ def budgets_for(setting: Setting, folder: Path, device: str, store: Path) -> tup
         model(input_ids=batch.to(device), labels=batch.to(device)).loss.backward()
         optimizer.step()
         runtime = base._runtime
-        largest = max(c.layout.nbytes for c in runtime.engine.chunks.values())
-        gradients = sum(
-            sorted((c.layout.nbytes for c in runtime.engine.chunks.values()), reverse=True)[:2]
-        )
-        if setting.method == "lora":
-            gradients = 0
-        device_bytes = runtime.workspace.nbytes + gradients + largest * 5 // 4
+        sizes = sorted((c.layout.nbytes for c in runtime.engine.chunks.values()), reverse=True)
+        gradients = 0 if setting.method == "lora" else sum(sizes[:2])
+        device_bytes = runtime.workspace.nbytes + gradients + sizes[0] * 9 // 8
     finally:
         base.close()
         shutil.rmtree(store)
@@ -172,7 +168,7 @@ def budgets_for(setting: Setting, folder: Path, device: str, store: Path) -> tup
         return device_bytes, BIG_BYTES
     # Two weights and two gradients, and two tiles of states (per weight: master and moments).
     states = {"fp32": 2, "bf16-fp32": 6, "bf16-split": 5, "bf16-sr": 4}[setting.precision]
-    host = largest * (2 if setting.method == "lora" else 5 + 2 * states)
+    host = sizes[0] * (2 if setting.method == "lora" else 5 + 2 * states)
     return device_bytes, host
 
 
