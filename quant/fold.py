@@ -23,6 +23,7 @@ from .folder import (
     FORMAT_NAME,
     FORMAT_VERSION,
     INDEX_NAME,
+    WEIGHT_MAP_NAME,
     EncodedFolder,
     TensorRecord,
     record_from_json,
@@ -144,6 +145,13 @@ def encode_folder(
             records[item.name] = record
             on_tensor(_report(item, record))
         sizes[shard_name] = (out / shard_name).stat().st_size
+    weight_map = {
+        stored: record.shard for record in records.values() for stored in record.stored_specs()
+    }
+    write_json(
+        out / WEIGHT_MAP_NAME,
+        {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
+    )
     index = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,

@@ -11,6 +11,8 @@ FORMAT (version 1).  A folder holds ``encoded.index.json`` and the safetensors f
 * A part of tensor ``a.b.weight`` is stored as ``a.b.weight_PART``; a kept tensor under its own
   name.  Shapes and types of parts MUST be those of the codec's ``spec``.
 * ``shards`` maps each file name to its size in bytes.
+* ``model.safetensors.index.json`` SHOULD map every stored name to its file, as in any sharded
+  checkpoint, so that readers of safetensors need nothing else.
 * The index is written last: a folder without it is incomplete.  There is one shard a decoder
   layer, so that a layer is one contiguous read; data starts at a multiple of 4096 bytes.
 """
@@ -31,6 +33,7 @@ from .shards import ShardFile, checksum
 from .spec import TensorSpec
 
 INDEX_NAME: Final = "encoded.index.json"
+WEIGHT_MAP_NAME: Final = "model.safetensors.index.json"
 FORMAT_NAME: Final = "headrace-encoded"
 FORMAT_VERSION: Final = 1
 DTYPE_NAMES: Final[dict[str, torch.dtype]] = {

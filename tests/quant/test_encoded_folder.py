@@ -10,9 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headrace.quant.fold import default_choice, encode_folder, pending_from_checkpoint
+from headrace.quant import TensorSpec
+from headrace.quant.fold import (
+    PendingTensor,
+    default_choice,
+    encode_folder,
+    pending_from_checkpoint,
+)
 from headrace.quant.folder import INDEX_NAME, EncodedFolder
 from headrace.quant.int8_rowwise import Int8RowwiseCodec
+from headrace.quant.model import declare_encoded, encode_model, encoded_weights
 from headrace.quant.nf4 import Nf4Codec
 from headrace.quant.shards import ShardFile
 
@@ -92,6 +99,7 @@ def test_everything_comes_back_and_the_report_tells_the_error(tmp_path, checkpoi
         "encoded-model.layers.2.safetensors",
         "encoded-model.norm.safetensors",
         INDEX_NAME,
+        "model.safetensors.index.json",
     ]
 
 
@@ -289,3 +297,77 @@ def test_memory_stays_at_one_tensor(tmp_path):
     )
     growth_mib = int(run.stdout) / 1024
     assert growth_mib < 2 * 16 + 40
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "gpt2"])
+def test_a_model_shaped_for_a_folder_computes_what_the_encoded_model_does(tmp_path, family):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
+    if family != "gpt2":
+        sizes["num_key_value_heads"] = 2
+    if family == "qwen2_moe":
+        sizes |= {
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+        }
+    config = AutoConfig.for_model(family, **sizes)
+    torch.manual_seed(0)
+    resident = AutoModelForCausalLM.from_config(config)
+    pending = [
+        PendingTensor(name, TensorSpec(tuple(p.shape), p.dtype), p.detach)
+        for name, p in resident.named_parameters()
+    ]
+    choose = default_choice(Nf4Codec())
+    folder = encode_folder(
+        pending, tmp_path / "out", choose=choose, source={}, on_tensor=lambda report: None
+    )
+    names = encode_model(resident, choose)
+    assert sorted(names) == sorted(n for n, r in folder.records.items() if r.codec is not None)
+    assert sorted(encoded_weights(resident)) == sorted(names)
+    experts = [name for name in names if "experts." in name and "shared" not in name]
+    assert bool(experts) == (family in ("mixtral", "qwen2_moe"))
+    with torch.device("meta"):
+        shaped = AutoModelForCausalLM.from_config(config)
+    declare_encoded(shaped, folder.records)
+    shaped.to_empty(device="cpu")
+    shaped.tie_weights()
+    weight_map = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    stored = {}
+    for file in set(weight_map["weight_map"].values()):
+        stored |= load_file(tmp_path / "out" / file)
+    assert set(stored) == {name for name, _ in shaped.named_parameters()}
+    for name, parameter in shaped.named_parameters():
+        parameter.data = stored[name]
+    for ours, theirs in zip(shaped.buffers(), resident.buffers(), strict=True):
+        ours.copy_(theirs)
+    tokens = torch.arange(24).view(2, 12)
+    both = (shaped.eval(), resident.eval())
+    losses = [each(input_ids=tokens, labels=tokens).loss for each in both]
+    assert torch.equal(*losses)
+    other = declare_other_width(config, family)
+    with pytest.raises(ValueError, match="different models"):
+        declare_encoded(other, folder.records)
+
+
+def declare_other_width(config, family):
+    from transformers import AutoModelForCausalLM
+
+    other = config.to_dict()
+    other["n_embd" if family == "gpt2" else "hidden_size"] = 64
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(type(config).from_dict(other))
+
+
+def test_shared_parameters_are_not_encoded_behind_the_others_back():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8), "b": torch.nn.Linear(8, 8)})
+    model["b"].weight = model["a"].weight
+    with pytest.raises(ValueError, match=r"a\.weight.*b\.weight"):
+        encode_model(model, default_choice(Nf4Codec()))

@@ -1,0 +1,105 @@
+"""Whole models over encoded weights: encode one in memory, or shape one for a folder's parts.
+
+Both replace ``nn.Linear`` by ``EncodedLinear`` and other modules' parameters in place.  A part is
+named after its parameter with the part's name behind it, in the model as in the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from .codec import Codec
+from .encoded import EncodedTensor
+from .fold import ChooseCodec
+from .folder import TensorRecord
+from .linear import EncodedLinear, EncodedModule, attach_encoded
+from .spec import TensorSpec
+
+
+def encode_model(model: nn.Module, choose: ChooseCodec) -> list[str]:
+    """Encode the parameters that ``choose`` names a codec for, in place; return their names.
+
+    One parameter at a time is held twice.  A parameter that several modules share is refused:
+    the others would keep the exact one.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names_of.setdefault(id(parameter), []).append(name)
+    encoded: list[str] = []
+    while parameters:
+        name, parameter = parameters.popitem()
+        codec = choose(name, TensorSpec(tuple(parameter.shape), parameter.dtype))
+        if codec is None:
+            continue
+        if len(names_of[id(parameter)]) > 1:
+            raise ValueError(
+                f"{names_of[id(parameter)]} are one parameter and cannot be encoded separately; "
+                f"keep it as it is"
+            )
+        _replace(model, name, codec, codec.encode(parameter.detach()), tuple(parameter.shape))
+        encoded.append(name)
+    return encoded[::-1]
+
+
+def declare_encoded(model: nn.Module, records: Mapping[str, TensorRecord]) -> None:
+    """Give a model (usually on ``meta``) uninitialised parts for every encoded record.
+
+    Afterwards the model's parameters are the tensors that the folder stores, under the same
+    names.  Weights decode to the type that the model's parameters have now.
+    """
+    for name, record in records.items():
+        if record.codec is None:
+            continue
+        parameter = _find(model, name)
+        if tuple(parameter.shape) != record.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(parameter.shape)} in the model and {record.shape} in "
+                f"the encoded folder; they belong to different models"
+            )
+        parts = record.codec.empty_parts(record.shape, parameter.device)
+        _replace(model, name, record.codec, parts, record.shape)
+
+
+def encoded_weights(model: nn.Module) -> dict[str, EncodedTensor]:
+    """Return every encoded weight of a model by its name."""
+    return {
+        f"{module_name}.{weight_name}" if module_name else weight_name: weight
+        for module_name, module in model.named_modules()
+        if isinstance(module, EncodedModule)
+        for weight_name in module.encoded_slots
+        for weight in (module.encoded_weight(weight_name),)
+    }
+
+
+def _find(model: nn.Module, name: str) -> nn.Parameter:
+    module_name, _, weight_name = name.rpartition(".")
+    modules = dict(model.named_modules())
+    module = modules.get(module_name)
+    parameter = None if module is None else module._parameters.get(weight_name)
+    if parameter is None:
+        raise ValueError(f"the model has no parameter {name!r}; the folder is of another model")
+    return parameter
+
+
+def _replace(
+    model: nn.Module, name: str, codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> None:
+    module_name, _, weight_name = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if type(module) is not nn.Linear or not module_name:
+        attach_encoded(module, weight_name, parts, codec=codec, shape=shape)
+        return
+    parent_name, _, leaf = module_name.rpartition(".")
+    layer = EncodedLinear(
+        module.in_features,
+        module.out_features,
+        codec=codec,
+        parts=parts,
+        dtype=module.weight.dtype,
+        bias=module.bias,
+    )
+    layer.train(module.training)
+    setattr(model.get_submodule(parent_name), leaf, layer)
