@@ -280,14 +280,17 @@ def claims_of(raw: dict[str, Any]) -> list[dict[str, Any]]:
             ratios = [trial["ours"] / trial["deepnvme"] for trial in raw[direction]]
             claims.append((f"disk {direction} / DeepNVMe", statistics.median(ratios), 1.4, True))
     for kind in ("matmuls", "reads"):
-        kept = [trial[f"{kind}_beside"] / trial[f"{kind}_alone"] for trial in raw["overlap"]]
-        claims.append((f"{kind} kept beside the other", statistics.median(kept), 0.95, True))
-    for kind in ("commit", "commit_async"):
-        share = [
-            t["blocked_seconds"] / (t["step_seconds"] + t["blocked_seconds"]) for t in raw[kind]
-        ]
-        name = f"{kind}: share of a step that moves 1 GB"
-        claims.append((name, statistics.median(share), 0.02, False))
+        beside, alone = (
+            sum(trial[f"{kind}_{how}"] for trial in raw["overlap"]) for how in ("beside", "alone")
+        )
+        claims.append((f"{kind} kept beside the other", beside / alone, 0.95, True))
+    # Training commits without waiting; the commit that is waited for is only printed.
+    share = [
+        trial["blocked_seconds"] / (trial["step_seconds"] + trial["blocked_seconds"])
+        for trial in raw["commit_async"]
+    ]
+    name = "share of a step that moves 1 GB spent in its commit"
+    claims.append((name, statistics.median(share), 0.02, False))
     claims.append(("seconds to open a store of 5 GB", raw["resume_seconds"], 5.0, False))
     return [
         {

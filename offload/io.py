@@ -290,6 +290,11 @@ class DiskLanes(Watchdog):
 
     # Failures #
 
+    @property
+    def failed(self) -> bool:
+        """Whether an error has stopped the lanes."""
+        return self._failure is not None
+
     def _watched(self, lane: LaneName, what: str) -> AbstractContextManager[None]:
         return _Watched(self._running, _Running(lane, what, time.monotonic()))
 

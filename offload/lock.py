@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import stat
 from pathlib import Path
 from typing import final
 
@@ -28,6 +29,9 @@ class FolderLock:
             fd = os.open(self.path, flags, 0o644)
         except OSError as error:
             raise StoreError(f"{self.path}: cannot be locked ({error.strerror})") from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise StoreError(f"{self.path}: cannot be locked (it is not a regular file)")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -54,3 +54,17 @@ class RegionState:
         users = [t for t in self.in_flight.get(extent, ()) if not t.done()]
         self.in_flight[extent] = users
         return users
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """A snapshot of one store: sizes, bytes moved by this process, and seconds in commits."""
+
+    step: int
+    region_count: int
+    file_bytes: int
+    read_bytes: int
+    written_bytes: int
+    records_written: int
+    commit_seconds: float
+    waited_for_commit_seconds: float

@@ -15,18 +15,17 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, final
 
 from .commit import make_durable, read_blobs
-from .disk_transfer import DiskTransfer, Part
-from .errors import StoreError, StoreFormatError, StuckLaneError
+from .disk_transfer import DiskTransfer
+from .errors import StoreError, StuckLaneError
 from .extents import Region, place, weights_of
 from .faults import Operation
 from .io import DiskLanes
@@ -38,10 +37,10 @@ from .record import (
     Durability,
     Layout,
     Valid,
-    checksum_of,
     encode,
 )
-from .region_state import PendingWrite, RegionState
+from .region_moves import RegionMoves
+from .region_state import PendingWrite, RegionState, StoreStatistics
 from .requests import Requests
 from .transfer import FinishedTransfer, Transfer
 from .verify import RegionCheck, check_blobs, check_regions
@@ -49,20 +48,6 @@ from .verify import RegionCheck, check_blobs, check_regions
 __all__ = ["JSON", "Durability", "Region", "RegionCheck", "Store", "StoreStatistics"]
 
 VerifyReads = Literal["first", "always", "never"]
-
-
-@dataclass(frozen=True, slots=True)
-class StoreStatistics:
-    """A snapshot of one store: sizes, bytes moved by this process, and seconds in commits."""
-
-    step: int
-    region_count: int
-    file_bytes: int
-    read_bytes: int
-    written_bytes: int
-    records_written: int
-    commit_seconds: float
-    waited_for_commit_seconds: float
 
 
 @final
@@ -97,6 +82,10 @@ class Store:
         self._step = record.step if record is not None else 0
         self._sequence = record.sequence if record is not None else 0
         self._committing: DiskTransfer | None = None
+        # The last commit while no record holds it, and whether writes have spoilt it since.
+        self._unrecorded: tuple[JSON, Mapping[str, bytes]] | None = None
+        self._torn = False
+        self._moves = RegionMoves(self._files, lanes)
         self._commit_thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-commit")
         self._requests = Requests(lanes.calls)
         self._failure: BaseException | None = None
@@ -194,8 +183,8 @@ class Store:
                 named = newest or state.committed
                 assert named is not None
                 target = view[: state.layout.nbytes]
-                hook = partial(self._verify, state, extent, target, named)
-            transfer = self._submit(Operation.READ, state, extent, view, f"read {region}", hook)
+                hook = partial(self._moves.verify, state, extent, target, named)
+            transfer = self._moves.submit(Operation.READ, state, extent, view, hook)
             self._read_bytes += state.layout.nbytes
             return transfer
 
@@ -212,56 +201,13 @@ class Store:
                 if extent is not None:
                     write = PendingWrite(extent)
                     hook = partial(write.take_checksum, view[: state.layout.nbytes])
-                    write.transfer = self._submit(
-                        Operation.WRITE, state, extent, view, f"write {region}", hook
-                    )
-                    state.working = write
+                    write.transfer = self._moves.submit(Operation.WRITE, state, extent, view, hook)
+                    state.working, self._torn = write, True
                     self._written_bytes += state.layout.nbytes
                     return write.transfer
             start = time.perf_counter()
             self._wait_for_commit()
             self._waited_seconds += time.perf_counter() - start
-
-    def _submit(
-        self,
-        operation: Operation,
-        state: RegionState,
-        extent: int,
-        view: memoryview,
-        label: str,
-        hook: Callable[[], None] | None,
-    ) -> DiskTransfer:
-        parts, start = [], 0
-        for segment in state.layout.extents[extent]:
-            wanted = min(segment.nbytes, state.layout.nbytes - start)
-            part = view[start : start + segment.nbytes]
-            parts.append(Part(self._files[segment.member], segment.offset, part, wanted))
-            start += segment.nbytes
-        # Reads and writes run on lanes of their own: order on one extent is kept here.
-        users = state.users_of(extent)
-        transfer = self._lanes.transfer_parts(
-            operation,
-            parts,
-            label=label,
-            hook=hook,
-            after=users,
-        )
-        users.append(transfer)
-        return transfer
-
-    def _verify(
-        self, state: RegionState, extent: int, view: memoryview, named: PendingWrite | Valid
-    ) -> None:
-        found, wanted = checksum_of(view), named.checksum
-        if found != wanted:
-            segment = state.layout.extents[extent][0]
-            path = self._files[segment.member].path
-            raise StoreFormatError(
-                f"{path}: region {state.layout.name!r} at offset {segment.offset:,} has checksum "
-                f"{found}, its record says {wanted}. Bits have changed on the disk; restore the "
-                f"store from a copy."
-            )
-        state.verified = True
 
     def _usable(self, region: str, nbytes: int | None = None) -> RegionState:
         self._raise_if_unusable()
@@ -318,7 +264,9 @@ class Store:
         """End the step: when this returns, its writes, ``user`` and ``blobs`` survive a crash.
 
         ``blobs`` are the small resident things of a run (random states, adapters, their
-        optimizer states); they replace those of the step before.
+        optimizer states); they replace those of the step before.  With
+        ``durability="checkpoint"`` only every ``snapshot_every``-th commit survives a crash,
+        and ``flush`` or ``close`` keep the last one.
         """
         self.commit_async(user, blobs=blobs).wait()
 
@@ -334,16 +282,40 @@ class Store:
         with self._lock:
             self._raise_if_unusable()
             self._step += 1
-            if self._layout.durability == "none" or self._step % self._layout.snapshot_every:
+            if self._layout.durability == "none":
                 return FinishedTransfer(f"commit of step {self._step}")
-            moved = [state for state in self._states.values() if state.working is not None]
-            for state in moved:
-                state.pending, state.working = state.working, None
-            nbytes = sum(state.layout.nbytes for state in moved)
-            label = f"commit of step {self._step}"
-            transfer = DiskTransfer(label, nbytes, self._lanes)
-            self._committing = transfer
-        self._commit_thread.submit(self._carry_out, transfer, moved, self._step, user, kept)
+            if self._step % self._layout.snapshot_every:
+                self._unrecorded, self._torn = (user, kept), False
+                return FinishedTransfer(f"commit of step {self._step}")
+            return self._begin_record(user, kept)
+
+    def flush(self) -> None:
+        """Make the last commit real if it is not: after training with ``"checkpoint"``, say.
+
+        Refused when regions were written since: they overwrote what that commit meant.
+        """
+        self._wait_for_commit()
+        with self._lock:
+            self._raise_if_unusable()
+            if self._unrecorded is None:
+                return
+            if self._torn:
+                raise StoreError(
+                    f"{self._folders[0]}: regions were written since the commit of step "
+                    f"{self._step}, so it cannot be kept. Commit the step, then flush."
+                )
+            transfer = self._begin_record(*self._unrecorded)
+        transfer.wait()
+
+    def _begin_record(self, user: JSON, blobs: Mapping[str, bytes]) -> Transfer:
+        self._unrecorded = None
+        moved = [state for state in self._states.values() if state.working is not None]
+        for state in moved:
+            state.pending, state.working = state.working, None
+        nbytes = sum(state.layout.nbytes for state in moved)
+        transfer = DiskTransfer(f"commit of step {self._step}", nbytes, self._lanes)
+        self._committing = transfer
+        self._commit_thread.submit(self._carry_out, transfer, moved, self._step, user, blobs)
         return transfer
 
     def _carry_out(
@@ -478,11 +450,15 @@ class Store:
     def close(self) -> None:
         """Wait for a pending commit, then free files and locks; uncommitted writes are dropped.
 
-        Raises ``StoreError`` if a commit failed.
+        A commit that no record holds yet is made real if no region was written since.  Raises
+        ``StoreError`` if a commit failed.
         """
         self._end(raise_failure=True)
 
     def _end(self, *, raise_failure: bool) -> None:
+        usable = not self._closed and self._failure is None and not self._lanes.failed
+        if usable and self._unrecorded is not None and not self._torn:
+            self.flush()
         with self._lock:
             if self._closed:
                 return

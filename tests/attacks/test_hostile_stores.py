@@ -290,7 +290,7 @@ def test_links_are_not_followed(folder: Path, tmp_path: Path, file: str) -> None
         open_and_read(folder)
 
 
-@pytest.mark.parametrize("file", ["layout.json", "commit.json", "extents.bin"])
+@pytest.mark.parametrize("file", ["layout.json", "commit.json", "extents.bin", "lock"])
 def test_pipes_do_not_hang(folder: Path, file: str) -> None:
     (folder / file).unlink()
     os.mkfifo(folder / file)

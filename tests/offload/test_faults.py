@@ -135,15 +135,8 @@ def test_an_error_behind_the_rename_is_raised_though_the_step_may_be_real(tmp_pa
         pytest.raises(LaneError, match="commit of step 3"),
         store_at_step_2(tmp_path) as (store, script),
     ):
-        # The folder's own sync: the only call on a path that ends with the folder's name.
-        real = script.before
-
-        def before(call: object) -> None:
-            if getattr(call, "path", None) == tmp_path:
-                raise OSError(errno.EIO, "Input/output error", str(tmp_path))
-            real(call)  # type: ignore[arg-type]
-
-        script.before = before  # type: ignore[method-assign]
+        # Syncs of a commit: extents, blobs, the record's draft, and the folder.
+        script.arm(Fault(FaultKind.ERROR, Operation.SYNC, nth=4))
         do_step(store, 3)
     assert_nothing_lost(tmp_path, 3)
 

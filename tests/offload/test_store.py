@@ -233,11 +233,32 @@ def test_checkpoint_stores_open_at_the_last_snapshot(tmp_path: Path, lanes: Disk
         assert store.step == 5
         assert store.statistics().records_written == 1
         assert read(store, "s") == content("s", 5)
+        write(store, "s", 6)  # spoils step 5, which no record holds
+        with pytest.raises(StoreError, match="written since the commit of step 5"):
+            store.flush()
     with Store.open([tmp_path], lanes=lanes) as store:
         assert_at_step(store, 3)
         run_steps(store, 4, 6)
     with Store.open([tmp_path], lanes=lanes) as store:
         assert_at_step(store, 6)
+
+
+@pytest.mark.parametrize("how", ["flush", "close"])
+def test_the_last_commit_of_a_finished_run_is_kept(
+    tmp_path: Path, lanes: DiskLanes, how: str
+) -> None:
+    store = make(lanes, tmp_path, durability="checkpoint", snapshot_every=10)
+    run_steps(store, 1, 4)
+    if how == "flush":
+        store.flush()
+        store.flush()
+        assert store.statistics().records_written == 1
+        write(store, "s", 5)
+    store.close()
+    with Store.open([tmp_path], lanes=lanes) as store:
+        assert_at_step(store, 4)
+        run_steps(store, 5, 5)
+        assert store.statistics().records_written == 0
 
 
 def test_scratch_stores_take_half_the_room_and_are_not_resumed(
@@ -427,26 +448,30 @@ def test_the_store_behaves_like_two_dictionaries(
         durable: Mapping[str, bytes] | None = None
         committed: dict[str, bytes] = {}
         latest: dict[str, bytes] = {}
-        durable_step = 0
+        durable_step, torn = 0, False
         for stamp, (move, name) in enumerate(moves):
             if move == "write":
                 write(store, name, stamp)
                 latest[name] = content(name, stamp)
+                torn = True
             elif move == "read" and name in latest:
                 assert read(store, name) == latest[name]
             elif move in ("commit", "commit_async"):
                 (store.commit if move == "commit" else store.commit_async)(stamp)
-                committed = dict(latest)
+                committed, torn = dict(latest), False
                 if durability == "step" or store.step % 2 == 0:
                     durable, durable_step = dict(latest), store.step
             elif move == "roll_back" and durability == "step":
                 store.roll_back()
-                latest = dict(committed)
-            elif move == "reopen" and durable is not None:
+                latest, torn = dict(committed), False
+            elif move == "reopen" and store.step > 0 and (durable is not None or not torn):
+                if not torn:  # closing keeps the last commit
+                    durable, durable_step = dict(committed), store.step
                 store.close()
                 store = Store.open(folders, lanes=lanes)
                 assert store.step == durable_step
-                latest, committed = dict(durable), dict(durable)
+                assert durable is not None
+                latest, committed, torn = dict(durable), dict(durable), False
             assert {r.name for r in REGIONS if store.written(r.name)} == set(latest)
         for name, data in latest.items():
             assert read(store, name) == data
