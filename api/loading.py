@@ -229,6 +229,7 @@ def _attach(
         device=device,
         micro_batch=micro_batch,
         workspace=workspace,
+        tap=CollectorTap(),
         closing=closing,
     )
     names = list(engine.chunks)

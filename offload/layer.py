@@ -346,6 +346,17 @@ def streamed_forward(
     position_table: bool = False,
 ) -> Any:
     """Run a module through its chunk: with a graph node if anything needs gradients."""
+    keys = runtime.tap.keys() if runtime.tap is not None else ()
+    if keys:
+        original = _tapped(runtime, original, keys)
+
+    def finished(output: Any) -> Any:
+        if not keys:
+            return output
+        output, found = output
+        runtime.tap.deliver(found)
+        return output
+
     leaves, spec = tree_flatten((args, kwargs))
     grad = torch.is_grad_enabled()
     current = runtime.current
@@ -375,7 +386,7 @@ def streamed_forward(
         call = Call(original, name, constants, spec, differentiable, (slice(0, 1),), batch_size)
     outputs = Outputs(name)
     if not grad or not (tensors or any(p.requires_grad for p in module.parameters())):
-        return outputs.rebuild(run_visit(runtime, name, call, outputs, tensors))
+        return finished(outputs.rebuild(run_visit(runtime, name, call, outputs, tensors)))
     if not plain:
         raise UnsupportedModelError(
             f"module {name!r} was called with a "
@@ -383,4 +394,17 @@ def streamed_forward(
             f"gradients are recorded. Pass use_cache=False, or run under torch.no_grad()."
         )
     joined = _StreamedCall.apply(runtime, name, call, outputs, runtime.anchor, *tensors)
-    return outputs.rebuild(joined)
+    return finished(outputs.rebuild(joined))
+
+
+def _tapped(runtime: Runtime, original: Forward, keys: tuple[str, ...]) -> Forward:
+    """The module's forward with what was recorded inside it as a second output."""
+    tap = runtime.tap
+    assert tap is not None
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with tap.inside(keys) as found:
+            output = original(*args, **kwargs)
+        return output, found
+
+    return forward

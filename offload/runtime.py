@@ -7,10 +7,10 @@ splits into micro-batches.  It owns the files, lanes and slabs of the run and cl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,22 @@ class BoundParameters:
             parameter.data = self._placeholders[name]
 
 
+class Tap(Protocol):
+    """Carries what a model records inside its layers out of the streamed call."""
+
+    def keys(self) -> tuple[str, ...]:
+        """What is to be recorded in the pass under way; empty: nothing."""
+        ...
+
+    def inside(self, keys: tuple[str, ...]) -> AbstractContextManager[dict[str, list[Any]]]:
+        """Record into lists of one's own while a layer runs."""
+        ...
+
+    def deliver(self, found: dict[str, list[Any]]) -> None:
+        """Hand a layer's recordings, joined over micro-batches, to the model."""
+        ...
+
+
 @dataclass(slots=True)
 class Pass:
     """The forward pass under way: sequences in the batch, sequences in a micro-batch."""
@@ -107,10 +123,8 @@ class Runtime:
     store: Store | None = None
     gradients: Gradients | None = None
     updates: Updates | None = None
-    # Applies pending updates before anything reads weights outside a training step.
+    tap: Tap | None = None
     current: Pass | None = None
-    # Opened when the optimizer is bound: only then are states and gradients known.
-    open_training: Callable[[], None] | None = None
     _anchor: Tensor | None = None
     _step_started: float | None = None
     _step_history: list[tuple[float, float]] = field(default_factory=list)
