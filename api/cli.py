@@ -142,6 +142,7 @@ def _add_tune(commands: Any) -> None:
 
 
 def _tune(chosen: argparse.Namespace) -> _Output:
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     from .progress import ConsoleWatcher
@@ -150,6 +151,7 @@ def _tune(chosen: argparse.Namespace) -> _Output:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     watcher = ConsoleWatcher()
     options = options_of(chosen, watcher)
     try:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, final, get_args
@@ -128,6 +129,8 @@ class TuneOptions:
         for name in ("device_budget", "host_budget"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name), what=_flag(name))
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"--device is {self.device!r}; give cpu, cuda, or cuda:1")
         if self.resume and self.store_folder is None:
             raise InputError("a run without a store cannot be resumed; give its --store")
         check_new_folder(self.out)

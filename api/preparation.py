@@ -48,6 +48,7 @@ class Material:
 
 def prepare(options: TuneOptions) -> Material:
     """Read and check the data and the tokenizer of a run."""
+    _check_device(options.device)
     documents = read_jsonl(options.data)
     if options.eval_data is None:
         train_documents, held_documents = split_held_out(
@@ -56,9 +57,6 @@ def prepare(options: TuneOptions) -> Material:
     else:
         train_documents, held_documents = documents, read_jsonl(options.eval_data)
     tokenizer = load_tokenizer(options.model)
-    folder = Path(options.model).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(f"--model {options.model}: {folder / 'config.json'} is missing")
 
     def rows(chosen: list[Document], path: Path) -> Rows:
         return tokenize(
@@ -80,16 +78,31 @@ def prepare(options: TuneOptions) -> Material:
     return Material(tokenizer, train, held_out, prompt, rendered, order, steps)
 
 
+def _check_device(device: str | None) -> None:
+    if device is None or device == "cpu":
+        return
+    index = torch.device(device).index or 0
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise InputError(f"--device is {device}, but torch finds {count} CUDA devices here")
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or hub id; what is wrong with it is said in one line."""
     from transformers import AutoTokenizer
+
+    from .loading import find_folder
 
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     path = Path(model).expanduser()
     if looks_local and not path.is_dir():
         raise InputError(f"--model {model}: no such folder")
+    folder = find_folder(model)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if not is_adapter and not (folder / "config.json").is_file():
+        raise InputError(f"--model {model}: {folder / 'config.json'} is missing")
     try:
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else model)
+        return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise InputError(

@@ -196,6 +196,8 @@ def refusal(tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> R
         ({"steps": None, "epochs": "-1"}, "--epochs is -1.0; give more than 0"),
         ({"lr": "nan"}, "--lr is nan"),
         ({"lr": "inf"}, "--lr is inf"),
+        ({"device": "toaster"}, "--device is 'toaster'; give cpu, cuda, or cuda:1"),
+        ({"device": "cuda:99"}, "--device is cuda:99, but torch finds"),
         ({"batch_size": "5000"}, "fewer than the batch size 5000"),
         ({"seq_len": "1"}, "--seq-len is 1"),
         ({"held_out": "1"}, "--held-out is 1.0"),
