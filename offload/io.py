@@ -211,10 +211,14 @@ class DiskLanes(Watchdog):
         beside = order.hook is not None and order.operation is Operation.WRITE
         if not count and not beside:
             self._finish(order)
-        for _ in range(count):
-            pool.submit(self._carry_out, order)
-        if beside:
-            pool.submit(self._run_hook_beside, order)
+        try:
+            for _ in range(count):
+                pool.submit(self._carry_out, order)
+            if beside:
+                pool.submit(self._run_hook_beside, order)
+        except RuntimeError as error:  # the lanes were closed over a disk that hung until now
+            self._stop(error)
+            self._finish(order)
 
     def _carry_out(self, order: Order) -> None:
         lane = _LANE_OF[order.operation]
@@ -360,9 +364,14 @@ class DiskLanes(Watchdog):
         try:
             while not self._all_ended(0.25):
                 self.raise_if_stuck()
-        except StuckLaneError:
+        except StuckLaneError as error:
+            self._stop(error)
             for pool in self._pools.values():
                 pool.shutdown(wait=False, cancel_futures=True)
+            with self._lock:
+                unfinished = list(self._unfinished)
+            for transfer in unfinished:
+                transfer.end(error)  # else whoever waits for a cancelled request waits for ever
             raise
         for pool in self._pools.values():
             pool.shutdown(wait=True)

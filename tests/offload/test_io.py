@@ -260,10 +260,16 @@ def test_a_hanging_disk_is_reported_with_lane_transfer_and_seconds(tmp_path: Pat
 
 def test_closing_over_a_hanging_disk_reports_it_too(tmp_path: Path) -> None:
     hang = Fault(FaultKind.HANG, Operation.WRITE, seconds=20.0)
-    lanes, script = lanes_with(hang, hang_timeout_seconds=0.1)
+    lanes, script = lanes_with(hang, hang_timeout_seconds=0.1, write_threads=1)
     file = DirectFile.create(tmp_path / "file", nbytes=4096)
+    view = memoryview(bytearray(4096))
     with pytest.raises(StuckLaneError, match="disk_write is stuck"), lanes:
-        lanes.write(file, 0, memoryview(bytearray(4096)), label="layers.7")
+        hanging = lanes.write(file, 0, view, label="layers.7")
+        queued = lanes.write(file, 0, view, label="layers.8")
+        behind = lanes.read(file, 0, view, label="layers.9", after=[queued])
+    for transfer in (hanging, queued, behind):
+        with pytest.raises(StuckLaneError, match=transfer.label):
+            transfer.wait()
     script.release()
     file.close()
 
