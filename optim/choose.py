@@ -11,6 +11,8 @@ from .adam import Adam
 from .adamw import AdamW
 from .base import Brick
 from .brick_rule import BrickRule
+from .encoded_adamw import CompandedRule
+from .lion import Lion
 from .masters import check_master
 from .parameters import ModelOrParams, ParameterInfo, parameter_groups
 from .storage import encoding_of
@@ -63,6 +65,8 @@ def fast_rule(brick: Brick, states: str, master: str) -> UpdateRule:
     """Return the fused rule of a brick and an encoding where there is one, else the bricks."""
     if isinstance(brick, Adam) and states == "fp32":
         return AdamW(master=master)
+    if isinstance(brick, Adam | Lion) and states == "int8":
+        return CompandedRule(brick, master=master)
     return BrickRule(brick, encoding_of(states), master=master)
 
 
