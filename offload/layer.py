@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .activation import Parked
 from .errors import UnsupportedModelError
+from .masks import CausalMasks
 from .runtime import Runtime
 from .schedule import Phase
 from .timeline import LaneName
@@ -76,6 +77,7 @@ class Call:
     differentiable: tuple[int, ...]
     slices: tuple[slice, ...]
     batch_size: int
+    masks: CausalMasks
 
     def carries_batch(self, leaf: Any) -> bool:
         """Whether a leaf is split with the micro-batches."""
@@ -88,11 +90,16 @@ class Call:
 
     def run(self, part: slice, tensors: Sequence[Tensor]) -> Any:
         """Run one micro-batch; ``tensors`` are the differentiable inputs, already sliced."""
-        leaves = [leaf[part] if self.carries_batch(leaf) else leaf for leaf in self.leaves]
+        leaves = [self._part_of(leaf, part) for leaf in self.leaves]
         for index, tensor in zip(self.differentiable, tensors, strict=True):
             leaves[index] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
         return self.forward(*args, **kwargs)
+
+    def _part_of(self, leaf: Any, part: slice) -> Any:
+        if not self.carries_batch(leaf):
+            return leaf
+        return None if self.masks.implied(leaf, part) else leaf[part]
 
     def take(self, tensors: Sequence[Tensor], part: slice) -> list[Tensor]:
         """The micro-batch's part of the differentiable inputs."""
@@ -381,9 +388,10 @@ def streamed_forward(
     )
     tensors = [leaves[i] for i in differentiable]
     constants = tuple(None if i in differentiable else leaf for i, leaf in enumerate(leaves))
-    call = Call(original, name, constants, spec, differentiable, tuple(slices), batch_size)
+    masks = current.masks if current is not None else CausalMasks()
+    call = Call(original, name, constants, spec, differentiable, tuple(slices), batch_size, masks)
     if len(slices) > 1 and not any(call.carries_batch(leaf) for leaf in (*constants, *tensors)):
-        call = Call(original, name, constants, spec, differentiable, (slice(0, 1),), batch_size)
+        call = replace(call, slices=(slice(0, 1),))
     outputs = Outputs(name)
     if not grad or not (tensors or any(p.requires_grad for p in module.parameters())):
         return finished(outputs.rebuild(run_visit(runtime, name, call, outputs, tensors)))

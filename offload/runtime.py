@@ -19,6 +19,7 @@ from .activation import Parking
 from .budget import Budget, BudgetStatistics, Tier
 from .engine import Engine
 from .gradient import DeviceGradient, Gradients
+from .masks import CausalMasks
 from .schedule import Phase, Schedule
 from .store import Store
 from .timeline import LaneName, LaneStatistics, Timeline
@@ -95,6 +96,7 @@ class Pass:
 
     batch_size: int
     micro_batch: int
+    masks: CausalMasks = field(default_factory=CausalMasks)
 
     def slices(self) -> list[slice]:
         """The micro-batches as slices of the batch axis; the last may be smaller."""
