@@ -226,26 +226,33 @@ def commit_cost(folder: Path, steps: int, raw: dict[str, Any]) -> None:
             lanes=lanes,
         ) as store,
     ):
-        for step in range(steps + 2):
+        trials: list[dict[str, Any]] = []
+        for step in range(steps + 3):
             waits = step % 2 == 0
-            start = time.perf_counter()
+            start, waited = time.perf_counter(), store.statistics().waited_for_commit_seconds
             for index in range(count):
                 slab, name = slabs[index % 2], f"weights/layers.{index}"
                 if store.written(name):
                     store.read(name, slab.view).wait()
                 store.write(name, slab.view).wait()
             moved = time.perf_counter()
-            blocked_before = store.statistics().waited_for_commit_seconds
+            # What this step's writes waited for is a cost of the commit before.
+            waited = store.statistics().waited_for_commit_seconds - waited
+            if trials:
+                trials[-1]["blocked_seconds"] += waited
             pending = store.commit_async({"step": step}, blobs={"rng": bytes(5000)})
             if waits:
                 pending.wait()
-            blocked = time.perf_counter() - moved
-            if not waits:
-                # What the next step would wait for, were it to write at once.
-                blocked += store.statistics().waited_for_commit_seconds - blocked_before
-            if step >= 2:  # the first two write extents that were never written before
-                trial = {"step_seconds": moved - start, "blocked_seconds": blocked}
-                raw.setdefault("commit" if waits else "commit_async", []).append(trial)
+            trials.append(
+                {
+                    "kind": "commit" if waits else "commit_async",
+                    "step_seconds": moved - start - waited,
+                    "blocked_seconds": time.perf_counter() - moved,
+                }
+            )
+        # The first two write extents for the first time; the last has no step behind it.
+        for trial in trials[2:-1]:
+            raw.setdefault(trial.pop("kind"), []).append(trial)
     for slab in slabs:
         pool.release(slab)
     pool.close()
