@@ -65,6 +65,22 @@ class StreamedModel(nn.Module):
             )
         return self
 
+    def half(self) -> Any:
+        """As ``to(torch.float16)``."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Any:
+        """As ``to(torch.bfloat16)``."""
+        return self.to(torch.bfloat16)
+
+    def float(self) -> Any:
+        """As ``to(torch.float32)``."""
+        return self.to(torch.float32)
+
+    def double(self) -> Any:
+        """As ``to(torch.float64)``."""
+        return self.to(torch.float64)
+
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: streamed layers recompute their activations by themselves."""
 

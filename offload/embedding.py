@@ -69,7 +69,7 @@ class StreamedEmbedding:
             )
         self.runtime, self.chunk, self.slot, self.module = runtime, chunk, slot, module
         self._kind = type(module)
-        self.tied: dict[str, TiedRows] = {}
+        self.tied: TiedRows | None = None  # of the forward pass under way
         module.forward = self._forward  # type: ignore[method-assign]
 
     def _forward(self, ids: Tensor) -> Tensor:
@@ -130,8 +130,11 @@ class _GatherCall(torch.autograd.Function):
         runtime = embedding.runtime
         current = runtime.current
         ctx.slices = current.slices() if current is not None else [slice(None)]
-        if len(ctx.slices) > 1:
-            embedding.tied[embedding.chunk] = TiedRows(gather.unique)
+        gradients = runtime.gradients
+        # Added to something else, a sum's order matters: to other micro-batches or passes.
+        adds_up = gradients is not None and gradients.has_begun(embedding.chunk)
+        ctx.tied = TiedRows(gather.unique) if len(ctx.slices) > 1 or adds_up else None
+        embedding.tied = ctx.tied
         return embedding.look_up(gather)
 
     @staticmethod
@@ -144,8 +147,7 @@ class _GatherCall(torch.autograd.Function):
                 f"embedding {embedding.slot!r} is trainable but no optimizer is bound to the "
                 f"model. Make one first, e.g. headrace.optim.adamw(model, lr=1e-5)."
             )
-        tied = embedding.tied.pop(embedding.chunk, None)
-        head_parts = tied.parts if tied is not None else []
+        head_parts = ctx.tied.parts if ctx.tied is not None else []
         with runtime.gradients.on_host(embedding.chunk) as views:
             table = views[embedding.slot]
             total: Tensor | None = None
@@ -164,12 +166,11 @@ AfterMicroBatch = Callable[[dict[str, Tensor]], None]
 
 
 def tied_rows_hook(
-    embedding: StreamedEmbedding | None,
+    embedding: StreamedEmbedding | None, tied: TiedRows | None
 ) -> AfterMicroBatch | None:
     """What the head calls after each micro-batch's backward, if its table is gathered too."""
-    if embedding is None or embedding.chunk not in embedding.tied:
+    if embedding is None or tied is None:
         return None
-    tied = embedding.tied[embedding.chunk]
 
     def after(views: dict[str, Tensor]) -> None:
         tied.set_apart(views[embedding.slot])

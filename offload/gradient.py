@@ -133,6 +133,10 @@ class Gradients:
         """Note a forward visit whose backward visit will come."""
         self._outstanding[name] = self._outstanding.get(name, 0) + 1
 
+    def has_begun(self, name: str) -> bool:
+        """Whether a gradient of the step under way is there already, to be added to."""
+        return name in self._partial
+
     def _host_slab(self, name: str) -> Slab:
         if self._hold_all:
             return self._own[name]

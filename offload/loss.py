@@ -354,6 +354,8 @@ class _TiledLoss(torch.autograd.Function):
         ctx.random = RandomState(runtime.device)
         if runtime.gradients is not None and runtime.trains(chunk):
             runtime.gradients.expect(chunk)
+        embedding = work.head.embedding
+        ctx.tied = embedding.tied if embedding is not None else None
         loss = work.forward(hidden)
         ctx.parked = runtime.parking.park(hidden)
         return loss
@@ -370,7 +372,7 @@ class _TiledLoss(torch.autograd.Function):
             runtime.collecting(chunk),
             ctx.random.restored(),
         ):
-            after = tied_rows_hook(work.head.embedding)
+            after = tied_rows_hook(work.head.embedding, ctx.tied)
             for number, tile in enumerate(work.tiles):
                 runtime.engine.pump()
                 with runtime.timeline.span(LaneName.COMPUTE, f"backward {chunk}"):

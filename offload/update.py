@@ -229,6 +229,10 @@ class Updates:
         if finite and self._all_finite():
             self._ready[name] = self._snapshot(gradient, {})
             self.start(self._engine.chunks[name], True)
+        else:
+            # The step will be skipped: backward goes on, and needs the memory.
+            gradient.wait()
+            self.gradients.release(self._held.pop(name))
 
     def _all_finite(self) -> bool:
         return all(bool(torch.isfinite(n)) for n in self._norms.values())
