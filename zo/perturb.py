@@ -36,16 +36,23 @@ class Rounding(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class DenseUpdate:
-    """One step's update of every parameter: ``w * decay - sum_d scales[d] * z(seed, d)``.
+class StepUpdate:
+    """What one step does to every parameter: ``w * decay - sum_d scales[d] * z(seed, d)``.
 
-    ``scales`` are learning rate times projected gradient, one for each direction, and are used as
-    fp32 numbers; ``decay`` is ``1 - lr * weight_decay``.
+    ``grads`` are the projected grads as logged (fp32 numbers); ``decay`` is
+    ``1 - lr * weight_decay``; ``step`` is the number that windows of factored directions count by.
     """
 
     seed: int
-    scales: tuple[float, ...]
+    lr: float
+    grads: tuple[float, ...]
     decay: float = 1.0
+    step: int = 0
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Learning rate times projected grad over the number of directions; used as fp32."""
+        return tuple(self.lr * grad / len(self.grads) for grad in self.grads)
 
 
 def write_perturbed(
@@ -102,7 +109,7 @@ def write_perturbed(
 
 def apply_update(
     weight: Tensor,
-    updates: Sequence[DenseUpdate],
+    updates: Sequence[StepUpdate],
     *,
     kind: Kind,
     stream: int,
@@ -116,7 +123,7 @@ def apply_update(
     the bits of as many calls.
 
     >>> w = torch.ones(3)
-    >>> step = DenseUpdate(seed=0, scales=(0.25,))
+    >>> step = StepUpdate(seed=0, lr=0.25, grads=(1.0,))
     >>> apply_update(w, [step], kind=Kind.RADEMACHER, stream=1)
     >>> w
     tensor([1.2500, 0.7500, 1.2500])
@@ -130,7 +137,7 @@ def apply_update(
     flat = weight.detach().view(-1)
     if not updates or not flat.numel():
         return
-    if len({len(update.scales) for update in updates}) != 1:
+    if len({len(update.grads) for update in updates}) != 1:
         raise ValueError("updates applied in one call must have equally many directions")
     if _has_kernel(flat):
         noise_kernels.update(
@@ -141,7 +148,7 @@ def apply_update(
             seeds=np.array([update.seed for update in updates], dtype=np.uint64),
             stream=stream,
             rounding_stream=stream ^ Factor.ROUNDING,
-            directions=np.arange(len(updates[0].scales), dtype=np.uint32),
+            directions=np.arange(len(updates[0].grads), dtype=np.uint32),
             scales=np.array([update.scales for update in updates], dtype=np.float32),
             decays=np.array([update.decay for update in updates], dtype=np.float32),
         )
@@ -155,7 +162,7 @@ def apply_update(
 
 
 def _reference_update(
-    tile: Tensor, update: DenseUpdate, *, kind: Kind, stream: int, start: int, rounding: Rounding
+    tile: Tensor, update: StepUpdate, *, kind: Kind, stream: int, start: int, rounding: Rounding
 ) -> None:
     count = tile.numel()
     total = torch.zeros(count, dtype=torch.float32, device=tile.device)

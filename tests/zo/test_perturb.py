@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headrace.zo import philox
 from headrace.zo.noise import Factor, Kind, reference_noise
-from headrace.zo.perturb import DenseUpdate, Rounding, apply_update, write_perturbed
+from headrace.zo.perturb import Rounding, StepUpdate, apply_update, write_perturbed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -52,10 +52,10 @@ def test_update_is_the_formula(kind: Kind, dtype: torch.dtype, decay: float) -> 
     weight = weights(1001, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     total = torch.zeros(1001)
-    for direction, scale in enumerate((1e-3, -2e-4, 5e-6)):
-        total = total + z_of(kind, 77, direction, 5, 1001) * f32(scale)
+    for direction, grad in enumerate((3.0, -0.6, 0.015)):
+        total = total + z_of(kind, 77, direction, 5, 1001) * f32(1e-3 * grad / 3)
     expected = (weight.to(wide) * f32(decay) - total).to(dtype)
-    step = DenseUpdate(seed=77, scales=(1e-3, -2e-4, 5e-6), decay=decay)
+    step = StepUpdate(seed=77, lr=1e-3, grads=(3.0, -0.6, 0.015), decay=decay)
     apply_update(weight, [step], kind=kind, stream=42, start=5)
     assert torch.equal(weight, expected)
 
@@ -66,7 +66,7 @@ def test_stochastic_rounding_is_the_formula() -> None:
     words = philox.block_words(0, 126, seed=7, stream=42 ^ Factor.ROUNDING, direction=0)
     random = philox.halves_from_words(words)[3 : 3 + 1001]
     bits = (value.view(torch.int32) + random) & -65536
-    step = DenseUpdate(seed=7, scales=(1e-4,))
+    step = StepUpdate(seed=7, lr=1e-4, grads=(1.0,))
     apply_update(
         weight, [step], kind=Kind.GAUSSIAN, stream=42, start=3, rounding=Rounding.STOCHASTIC
     )
@@ -77,7 +77,7 @@ def test_stochastic_rounding_is_unbiased_where_nearest_loses_the_update() -> Non
     size, steps = 20_000, 50
     start = torch.ones(size, dtype=torch.bfloat16)
     nearest, stochastic = start.clone(), start.clone()
-    updates = [DenseUpdate(seed=step, scales=(0.0,), decay=1 - 1e-4) for step in range(steps)]
+    updates = [StepUpdate(seed=step, lr=1.0, grads=(0.0,), decay=1 - 1e-4) for step in range(steps)]
     apply_update(nearest, updates, kind=Kind.GAUSSIAN, stream=1)
     apply_update(stochastic, updates, kind=Kind.GAUSSIAN, stream=1, rounding=Rounding.STOCHASTIC)
     assert torch.equal(nearest, start)
@@ -88,7 +88,7 @@ def test_stochastic_rounding_is_unbiased_where_nearest_loses_the_update() -> Non
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.lists(st.integers(0, 900), max_size=4), start=st.integers(0, 2**34))
 def test_any_tiling_gives_the_same_bits(dtype: torch.dtype, cuts: list[int], start: int) -> None:
-    steps = [DenseUpdate(seed=s, scales=(1e-3, 2e-3), decay=0.99) for s in (1, 2)]
+    steps = [StepUpdate(seed=s, lr=1e-3, grads=(2.0, 4.0), decay=0.99) for s in (1, 2)]
     rounding = Rounding.STOCHASTIC if dtype == torch.bfloat16 else Rounding.NEAREST
     whole, tiled = weights(900, dtype), weights(900, dtype)
     settings_ = {"kind": Kind.IRWIN_HALL, "stream": 8, "rounding": rounding}
@@ -105,7 +105,7 @@ def test_any_tiling_gives_the_same_bits(dtype: torch.dtype, cuts: list[int], sta
 
 
 def test_many_steps_in_one_call_equal_many_calls() -> None:
-    steps = [DenseUpdate(seed=s * 7, scales=(1e-3 / (s + 1),), decay=0.999) for s in range(20)]
+    steps = [StepUpdate(seed=s * 7, lr=1e-3, grads=(1 / (s + 1),), decay=0.999) for s in range(20)]
     together, apart = weights(5000, torch.bfloat16), weights(5000, torch.bfloat16)
     apply_update(together, steps, kind=Kind.RADEMACHER, stream=4)
     for step in steps:
@@ -115,7 +115,7 @@ def test_many_steps_in_one_call_equal_many_calls() -> None:
 
 def test_inf_and_nan_survive() -> None:
     weight = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0], dtype=torch.bfloat16)
-    step = [DenseUpdate(seed=1, scales=(1e-3,))]
+    step = [StepUpdate(seed=1, lr=1e-3, grads=(1.0,))]
     for rounding in Rounding:
         moved = weight.clone()
         apply_update(moved, step, kind=Kind.GAUSSIAN, stream=1, rounding=rounding)
@@ -124,7 +124,7 @@ def test_inf_and_nan_survive() -> None:
 
 
 def test_what_cannot_be_done_is_refused() -> None:
-    step = [DenseUpdate(seed=1, scales=(1e-3,))]
+    step = [StepUpdate(seed=1, lr=1e-3, grads=(1.0,))]
     with pytest.raises(ValueError, match="stochastic rounding is for bfloat16"):
         apply_update(
             torch.ones(4), step, kind=Kind.GAUSSIAN, stream=1, rounding=Rounding.STOCHASTIC

@@ -1,0 +1,115 @@
+"""Low-rank directions with fresh left factors: LOZO's windows with EGGROLL's population.
+
+Direction i of a step is ``A_i V_i^T / sqrt(r)``: A_i [p, r] is new every step, V_i [d, r] belongs
+to the window, so that the updates of a whole window fit factors of rank N r, exactly.
+
+LOZO: "Enhancing zeroth-order fine-tuning for language models with low-rank structures", 2024.
+EGGROLL: "Evolution strategies at the hyperscale", 2025.  Deviations: each direction of a
+population has a right factor of its own; elements of a direction have variance 1, as MeZO's have
+(LOZO's release scales its update by 1/r only in the paper).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .directions import Place
+from .factored import Factored, Window
+from .noise import Factor, Kind, noise
+from .perturb import StepUpdate
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LowRank(Factored):
+    """Rank-``rank`` directions whose right factors last ``steps`` steps.
+
+    State: fp32 [p + d, directions * rank] a matrix, nothing on disk.
+    """
+
+    directions: int
+    rank: int = 1
+    steps: int = 50
+    kind: Kind = Kind.GAUSSIAN
+
+    def __post_init__(self) -> None:
+        if self.directions < 1 or self.rank < 1:
+            raise ValueError(
+                f"directions and rank must be positive, got {self.directions} and {self.rank}"
+            )
+
+    @property
+    def window_steps(self) -> int:
+        return self.steps
+
+    def open_window(self, place: Place, seed: int) -> LowRankWindow:
+        return LowRankWindow(self, place, seed)
+
+    def check(self, *, directions: int, weight_decay: float) -> None:
+        Factored.check(self, directions=directions, weight_decay=weight_decay)
+        if directions != self.directions:
+            raise ValueError(
+                f"LowRank has factors for {self.directions} directions, the estimator probes "
+                f"{directions}; give both the same number"
+            )
+
+
+@final
+class LowRankWindow(Window):
+    """Factors of one matrix: direction i owns columns ``i * rank .. (i + 1) * rank``."""
+
+    def __init__(self, directions: LowRank, place: Place, seed: int) -> None:
+        self._directions = directions
+        self._place = place
+        width = directions.rank * directions.directions
+        self._right = noise(
+            directions.kind,
+            seed=seed,
+            stream=place.stream ^ Factor.RIGHT,
+            direction=0,
+            start=0,
+            count=place.shape[1] * width,
+        ).view(place.shape[1], width)
+        self._left: Tensor | None = None
+        self._scale = float(np.float32(1 / math.sqrt(directions.rank)))
+
+    @property
+    def right(self) -> Tensor:
+        return self._right
+
+    @property
+    def left(self) -> Tensor | None:
+        return self._left
+
+    def direction(self, seed: int, index: int) -> Tensor:
+        whole = torch.zeros(self._place.shape[0], self._right.shape[1])
+        whole[:, self._columns(index)] = self._fresh(seed, index)
+        return whole
+
+    def accumulate(self, update: StepUpdate) -> None:
+        if self._left is None:
+            self._left = torch.zeros(self._place.shape[0], self._right.shape[1])
+        for index, scale in enumerate(update.scales):
+            step = self._fresh(update.seed, index) * float(np.float32(scale))
+            self._left[:, self._columns(index)] -= step
+
+    def _columns(self, index: int) -> slice:
+        return slice(index * self._directions.rank, (index + 1) * self._directions.rank)
+
+    def _fresh(self, seed: int, index: int) -> Tensor:
+        rows, rank = self._place.shape[0], self._directions.rank
+        made = noise(
+            self._directions.kind,
+            seed=seed,
+            stream=self._place.stream ^ Factor.LEFT,
+            direction=index,
+            start=0,
+            count=rows * rank,
+        )
+        return made.view(rows, rank) * self._scale

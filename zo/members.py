@@ -1,0 +1,132 @@
+"""Runs a model for many members at once: one base matmul a layer, low-rank differences on top.
+
+Inside ``MemberForward`` a model is called with the batch of every member, one member after the
+other along the batch axis.  Calls of ``linear``, ``addmm`` (GPT-2's Conv1D) and ``embedding`` on
+trained weights are recognised by the weight's identity and get each member's low-rank term; the
+model's code is untouched, and modules nobody prepared for work as long as they use these calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from .estimate import Member
+from .factored import Window
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedMatrix:
+    """A weight of the model, its name, and the window that holds its factors."""
+
+    name: str
+    weight: Tensor
+    window: Window
+
+
+@final
+class MemberForward(TorchFunctionMode):
+    """Adds each member's low-rank difference wherever a trained weight is used.
+
+    ``y_m = x_m W^T + (x_m R) (L + sign_m eps A_m)^T``; the difference is computed in the dtype of
+    the activations.  Extra memory: ``members * (p + tokens) * k`` numbers, one layer at a time.
+    """
+
+    def __init__(
+        self, matrices: Sequence[TrainedMatrix], members: Sequence[Member], *, seed: int, eps: float
+    ) -> None:
+        super().__init__()
+        self._matrices: Mapping[int, TrainedMatrix] = {id(m.weight): m for m in matrices}
+        self._members = tuple(members)
+        self._seed = seed
+        self._eps = eps
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        named = kwargs or {}
+        output = func(*args, **named)
+        if func is functional.linear:
+            return self._after_linear(output, *_pick(args, named, "input", "weight"))
+        if func is torch.addmm:
+            return self._after_addmm(output, *_pick(args[1:], named, "mat1", "mat2"))
+        if func is functional.embedding:
+            return self._after_embedding(output, *_pick(args, named, "input", "weight"))
+        return output
+
+    def lefts(self, matrix: TrainedMatrix) -> Tensor | None:
+        """``L + sign eps A`` of all members: fp32 [members, p, k]; None if all of them are zero."""
+        pending = matrix.window.left
+        if pending is None and not any(member.sign for member in self._members):
+            return None
+        rows, width = matrix.weight.shape[0], matrix.window.right.shape[1]
+        stack = torch.zeros(len(self._members), rows, width)
+        for target, member in zip(stack, self._members, strict=True):
+            if pending is not None:
+                target.copy_(pending)
+            if member.sign:
+                direction = matrix.window.direction(self._seed, member.direction)
+                target.add_(direction, alpha=member.sign * self._eps)
+        return stack
+
+    def _after_linear(self, output: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+        matrix = self._matrices.get(id(weight))
+        lefts = None if matrix is None else self.lefts(matrix)
+        if matrix is None or lefts is None:
+            return output
+        inner = self._split(inputs, matrix.name) @ matrix.window.right.to(inputs)
+        # In place and fused: the output of the base matmul is read and written once.
+        wide = output.view(len(self._members), -1, output.shape[-1])
+        wide.baddbmm_(inner, lefts.to(inputs).transpose(1, 2))
+        return output
+
+    def _after_addmm(self, output: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+        matrix = self._matrices.get(id(weight))
+        lefts = None if matrix is None else self.lefts(matrix)
+        if matrix is None or lefts is None:
+            return output
+        rows = self._split(inputs, matrix.name)
+        inner = torch.bmm(rows, lefts.to(inputs))
+        difference = inner @ matrix.window.right.to(inputs).T
+        return output.add_(difference.view(output.shape))
+
+    def _after_embedding(self, output: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+        matrix = self._matrices.get(id(weight))
+        lefts = None if matrix is None else self.lefts(matrix)
+        if matrix is None or lefts is None:
+            return output
+        if tokens.shape[0] % len(self._members):
+            raise self._misfit(matrix.name, tuple(tokens.shape))
+        ids = tokens.reshape(len(self._members), -1)
+        picked = torch.stack([left[index] for left, index in zip(lefts, ids, strict=True)])
+        difference = picked.to(output) @ matrix.window.right.to(output).T
+        return output + difference.view(output.shape)
+
+    def _split(self, tensor: Tensor, name: str) -> Tensor:
+        """[batch, ..., width] as [members, rows, width]; a view if the tensor is contiguous."""
+        if tensor.shape[0] % len(self._members):
+            raise self._misfit(name, tuple(tensor.shape))
+        return tensor.reshape(len(self._members), -1, tensor.shape[-1])
+
+    def _misfit(self, name: str, shape: tuple[int, ...]) -> ValueError:
+        return ValueError(
+            f"{name} was called with {shape}, which does not split into {len(self._members)} "
+            "members along the batch axis; leave this weight out of `select`"
+        )
+
+
+def _pick(args: Sequence[Any], named: Mapping[str, Any], *names: str) -> tuple[Any, ...]:
+    return tuple(
+        args[position] if position < len(args) else named[name]
+        for position, name in enumerate(names)
+    )

@@ -1,0 +1,76 @@
+"""Objectives over a whole population in one forward, for Hugging Face causal language models.
+
+Any function ``(model, members) -> losses`` will do; these are the two that most runs need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+IGNORED_LABEL = -100
+
+
+def repeat_batch(batch: Mapping[str, Any], members: int) -> dict[str, Any]:
+    """The batch once per member, member after member along the first axis.
+
+    >>> repeat_batch({"x": torch.tensor([1, 2])}, 2)["x"]
+    tensor([1, 2, 1, 2])
+    """
+    return {
+        name: value.repeat(members, *([1] * (value.dim() - 1)))
+        if isinstance(value, Tensor) and value.dim() > 0
+        else value
+        for name, value in batch.items()
+    }
+
+
+def causal_lm_losses(model: nn.Module, batch: Mapping[str, Any], members: int) -> list[float]:
+    """Mean next-token cross-entropy of every member, from one forward over the repeated batch.
+
+    ``batch`` holds ``labels`` (int64 [batch, tokens], -100 ignored) and the model's own inputs.
+    Logits are made only at positions that some label of the batch needs: ``members * batch *
+    positions * vocabulary`` numbers of the model's dtype.  Losses are taken in fp32, one sequence
+    at a time, and summed in fp64.
+    """
+    labels = batch["labels"][:, 1:]
+    positions = (labels != IGNORED_LABEL).any(dim=0).nonzero().flatten()
+    if not positions.numel():
+        raise ValueError(f"the batch of {len(labels)} sequences has no label to learn from")
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(
+        **repeat_batch(inputs, members), use_cache=False, logits_to_keep=positions
+    ).logits
+    targets = labels[:, positions]
+    return [
+        _mean_loss(part, targets) for part in logits.view(members, *targets.shape, logits.shape[-1])
+    ]
+
+
+def label_word_losses(
+    model: nn.Module, batch: Mapping[str, Any], members: int, *, words: Sequence[int]
+) -> list[float]:
+    """Cross-entropy among candidate label words at the last position (prompted classification).
+
+    ``batch`` holds left-padded inputs and ``classes`` (int64 [batch], indices into ``words``, the
+    token ids of the candidates).
+    """
+    classes = batch["classes"]
+    inputs = {name: value for name, value in batch.items() if name != "classes"}
+    output = model(**repeat_batch(inputs, members), use_cache=False, logits_to_keep=1)
+    scores = output.logits[:, -1, list(words)].float().view(members, len(classes), len(words))
+    return [float(functional.cross_entropy(part, classes).double()) for part in scores]
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> float:
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for row, target in zip(logits, targets, strict=True):
+        loss = functional.cross_entropy(
+            row.float(), target, ignore_index=IGNORED_LABEL, reduction="sum"
+        )
+        total += loss.double()
+    return float(total / (targets != IGNORED_LABEL).sum())

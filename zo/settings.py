@@ -1,0 +1,172 @@
+"""A zeroth-order method as a value, and its JSON form in a log's header.
+
+Every brick is a frozen dataclass; its JSON form is its class's name and its fields.  Reading takes
+known names only and lets constructors check values, so that a hostile header is an error, not an
+import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from ..offload.errors import StoreFormatError
+from .control import Clip, Control, RmsScale, Standardize
+from .dense import Dense
+from .directions import Directions
+from .estimate import Estimator, all_finite, check_eps
+from .log import StepRecord
+from .lowrank import LowRank
+from .noise import Kind, check_seed
+from .one_sided import OneSided
+from .perturb import Rounding, StepUpdate
+from .random_subspace import CoreAdam, RandomSubspace
+from .two_point import TwoPoint
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ZOSettings:
+    """What a zeroth-order run does: probe scale, directions, estimator, controls.
+
+    ``lr`` is the default of every step (schedulers give their own).  The defaults are MeZO's step:
+    two dense Gaussian probes, plain descent.
+
+    >>> ZOSettings(lr=1e-3, estimator=OneSided(15), directions=LowRank(15)).estimator.directions
+    15
+    """
+
+    lr: float = 1e-6
+    eps: float = 1e-3
+    seed: int = 0
+    estimator: Estimator = TwoPoint()  # noqa: RUF009 (frozen, no state)
+    directions: Directions = Dense()  # noqa: RUF009
+    controls: tuple[Control, ...] = ()
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+        check_lr(self.lr)
+        check_seed(self.seed)
+        self.directions.check(directions=self.estimator.directions, weight_decay=self.weight_decay)
+
+    def update_of(self, record: StepRecord, name: str) -> StepUpdate | None:
+        """What a logged step does to a parameter; None if the step was skipped.
+
+        As in MeZO, names that contain "bias", "layer_norm" or "layernorm" have no weight decay;
+        nor have names that contain "norm".
+        """
+        if record.skipped:
+            return None
+        plain = any(word in name.lower() for word in ("bias", "norm"))
+        decay = 1.0 if plain else 1.0 - record.lr * self.weight_decay
+        return StepUpdate(record.seed, record.lr, record.grads, decay, record.step)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return _encode(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ZOSettings:
+        """The settings of a header; refuses what it does not know."""
+        made = _decode(dict(value))
+        if not isinstance(made, cls):
+            raise StoreFormatError(f"the log's settings are of {type(made).__name__}")
+        return made
+
+
+def check_lr(lr: float) -> None:
+    """Refuse a learning rate that is negative, inf or NaN."""
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr must be finite and at least 0, got {lr}")
+
+
+def check_record(record: StepRecord, where: str) -> None:
+    """Refuse a logged step that no run of ours can have written."""
+    finite = all_finite((record.lr, record.eps, *record.grads))
+    if not finite or record.lr < 0 or record.eps <= 0:
+        raise StoreFormatError(
+            f"{where}: step {record.step} has lr {record.lr}, eps {record.eps} and projected grads "
+            f"{record.grads}, which no run writes"
+        )
+
+
+def _bricks() -> dict[str, type]:
+    known = (
+        ZOSettings,
+        TwoPoint,
+        OneSided,
+        Dense,
+        LowRank,
+        RandomSubspace,
+        CoreAdam,
+        Clip,
+        Standardize,
+        RmsScale,
+    )
+    return {kind.__name__: kind for kind in known}
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+        return {"brick": type(value).__name__, **fields}
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    name = value.get("brick")
+    kind = _bricks().get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise StoreFormatError(
+            f"the log's settings name {name!r}, which this version does not know"
+        )
+    names = {field.name for field in dataclasses.fields(kind)}
+    if set(value) - {"brick"} != names:
+        raise StoreFormatError(
+            f"the log's settings give {name} the fields {sorted(set(value) - {'brick'})}, "
+            f"expected {sorted(names)}"
+        )
+    fields = {field: _decode(item) for field, item in value.items() if field != "brick"}
+    enums: dict[str, type[enum.Enum]] = {"kind": Kind, "rounding": Rounding}
+    try:
+        for field in fields.keys() & enums.keys():
+            fields[field] = enums[field](fields[field])
+        _check_types(name, kind, fields)
+        return kind(**fields)
+    except (ValueError, TypeError) as error:
+        raise StoreFormatError(f"the log's settings of {name} are refused: {error}") from error
+
+
+_SIMPLE = {"int": (int,), "float": (int, float), "Baseline": (str,)}
+_ABSTRACT = {
+    "Estimator": Estimator,
+    "Directions": Directions,
+    "CoreAdam | None": (CoreAdam, type(None)),
+}
+
+
+def _check_types(name: str, kind: type, fields: Mapping[str, Any]) -> None:
+    for field in dataclasses.fields(kind):
+        wanted: Any = _SIMPLE.get(str(field.type), _ABSTRACT.get(str(field.type), object))
+        value = fields[field.name]
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            raise TypeError(f"{name}.{field.name} cannot be {value!r}")
+        if field.name == "controls" and not (
+            isinstance(value, tuple) and all(isinstance(item, Control) for item in value)
+        ):
+            raise TypeError(f"{name}.controls must be a list of controls")

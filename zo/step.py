@@ -1,0 +1,296 @@
+"""The zeroth-order step on a resident model: any objective, forwards only, exact replay.
+
+::
+
+    zo = ZOStep(model, ZOSettings(lr=1e-6, eps=1e-3), log="run.zolog")
+    for index, batch in enumerate(data):
+        result = zo.step(lambda model: model(**batch).loss, batch=index)
+
+The objective may be any number: a loss, an accuracy, a score of generated text.  It is called under
+``no_grad`` once a member.  The model's mode (``eval``: no dropout) is the caller's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..offload.errors import StoreFormatError
+from .control import apply_controls
+from .dense import DenseTrace
+from .estimate import Member, all_finite
+from .factored import FactoredTrace
+from .log import LogHeader, ReplayLog, StepRecord
+from .members import MemberForward, TrainedMatrix
+from .noise import step_seed
+from .replay import fingerprint, places_of, replay_tensor, trained_shapes
+from .select import select_parameters
+from .settings import ZOSettings, check_lr, check_record
+
+Objective = Callable[[nn.Module], Any]
+MemberObjective = Callable[[nn.Module, int], Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step saw and did."""
+
+    record: StepRecord
+    loss: float
+    """Mean over members: the objective at the smoothed weights."""
+
+
+class _Scratch:
+    """Perturbed copies of the trained weights, made once and reused."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._copies: dict[str, Tensor] = {}
+
+    @contextlib.contextmanager
+    def member(
+        self, traces: Mapping[str, DenseTrace], member: Member, *, seed: int, eps: float
+    ) -> Iterator[None]:
+        """Let the model compute with one member's weights."""
+        stored = {name: parameter.data for name, parameter in self._parameters.items()}
+        try:
+            for name, parameter in self._parameters.items():
+                copy = self._copies.get(name)
+                if copy is None:
+                    copy = self._copies[name] = torch.empty_like(stored[name])
+                traces[name].perturb(copy, stored[name], member, seed=seed, eps=eps)
+                parameter.data = copy
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data = stored[name]
+
+
+@final
+class ZOStep:
+    """Steps a resident model by forwards only.
+
+    Dense directions need a second copy of the trained weights as scratch; low-rank directions need
+    their factors only.  ``select`` names the trained parameters (``(name, parameter) -> bool``);
+    by default all that require grad, and for low-rank directions of those the matrices of linear
+    layers.  With ``log``, a record is on the medium before its update is applied; the file must not
+    exist (``ZOStep.resume`` continues one).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: ZOSettings,
+        *,
+        log: str | os.PathLike[str] | None = None,
+        select: Callable[[str, nn.Parameter], bool] | None = None,
+    ) -> None:
+        self._model = model
+        self._settings = settings
+        self._parameters = select_parameters(model, settings.directions, select)
+        shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        places = places_of(shapes, settings.seed)
+        self._traces = {name: settings.directions.open(place) for name, place in places.items()}
+        self._memories = tuple(control.initial() for control in settings.controls)
+        self._scratch = _Scratch(self._parameters)
+        self._next_step = 0
+        self._skipped = 0
+        self._log = None if log is None else ReplayLog.create(log, self.header())
+
+    @classmethod
+    def resume(cls, model: nn.Module, log: str | os.PathLike[str]) -> Self:
+        """Bring a model that holds the *base* weights up to date with a log and continue it."""
+        opened, records = ReplayLog.open(log)
+        try:
+            settings = ZOSettings.from_json(opened.header.settings.get("method", {}))
+            names = trained_shapes(opened.header)
+            made = cls(model, settings, select=lambda name, _: name in names)
+            found = made.header()
+            if (found.base, found.settings) != (opened.header.base, opened.header.settings):
+                raise StoreFormatError(
+                    f"{os.fspath(log)} belongs to base {opened.header.base}, the model's trained "
+                    f"weights have fingerprint {found.base}; load the base that the run began with"
+                )
+            made.catch_up(records)
+        except BaseException:
+            opened.close()
+            raise
+        made._log = opened
+        return made
+
+    @property
+    def settings(self) -> ZOSettings:
+        """The method."""
+        return self._settings
+
+    @property
+    def next_step(self) -> int:
+        """Number of the step that comes next."""
+        return self._next_step
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps whose losses held inf or NaN."""
+        return self._skipped
+
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        """Names of the trained parameters."""
+        return tuple(self._parameters)
+
+    def header(self) -> LogHeader:
+        """The log header of a run that starts from the model's present weights."""
+        return LogHeader(
+            base=fingerprint(self._parameters.items()),
+            settings={
+                "method": self._settings.to_json(),
+                "trained": {name: list(p.shape) for name, p in self._parameters.items()},
+            },
+            losses=len(self._settings.estimator.members()),
+            grads=self._settings.estimator.directions,
+        )
+
+    def step(self, objective: Objective, *, batch: int = 0, lr: float | None = None) -> StepResult:
+        """Evaluate the objective for every member, one forward after the other, and update."""
+        seed = step_seed(self._settings.seed, self._next_step)
+        losses = []
+        for member in self._settings.estimator.members():
+            with torch.no_grad(), self.evaluating([member], seed):
+                losses.append(float(objective(self._model)))
+        return self.finish_step(losses, batch=batch, lr=lr)
+
+    def step_together(
+        self, objective: MemberObjective, *, batch: int = 0, lr: float | None = None
+    ) -> StepResult:
+        """Evaluate all members in one forward: ``objective(model, members) -> losses``.
+
+        The objective repeats its batch ``members`` times along the batch axis (member after
+        member) and returns one loss each; ``objective.causal_lm_losses`` does.  Low-rank only.
+        """
+        seed = step_seed(self._settings.seed, self._next_step)
+        members = self._settings.estimator.members()
+        with torch.no_grad(), self.evaluating(members, seed):
+            losses = [float(loss) for loss in objective(self._model, len(members))]
+        return self.finish_step(losses, batch=batch, lr=lr)
+
+    @contextlib.contextmanager
+    def evaluating(self, members: Sequence[Member], seed: int) -> Iterator[None]:
+        """Let the model compute with the weights of these members (several: low-rank only)."""
+        traces = self._traces
+        dense = {name: trace for name, trace in traces.items() if isinstance(trace, DenseTrace)}
+        factored = {n: trace for n, trace in traces.items() if isinstance(trace, FactoredTrace)}
+        if dense and len(members) != 1:
+            raise ValueError(
+                f"dense directions evaluate one member at a time, got {len(members)}; use step(), "
+                "or low-rank directions"
+            )
+        with contextlib.ExitStack() as stack:
+            if dense and members[0].sign:
+                eps = self._settings.eps
+                stack.enter_context(self._scratch.member(dense, members[0], seed=seed, eps=eps))
+            if factored:
+                matrices = [
+                    TrainedMatrix(name, self._parameters[name], trace.window(self._next_step))
+                    for name, trace in factored.items()
+                ]
+                stack.enter_context(
+                    MemberForward(matrices, members, seed=seed, eps=self._settings.eps)
+                )
+            yield
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Let the model compute with the weights as trained so far, for evaluation."""
+        with torch.no_grad(), self.evaluating([Member(0, 0)], 0):
+            yield
+
+    def finish_step(
+        self, losses: Sequence[float], *, batch: int = 0, lr: float | None = None
+    ) -> StepResult:
+        """Turn losses into an update: estimate, control, log, apply."""
+        rate = self._settings.lr if lr is None else lr
+        check_lr(rate)
+        record = self._record(losses, batch=batch, lr=rate)
+        if self._log is not None:
+            self._log.append(record)
+        self._apply(record)
+        return StepResult(record, sum(losses) / len(losses))
+
+    def catch_up(self, records: Sequence[StepRecord]) -> None:
+        """Apply steps recorded elsewhere (a log, other workers) and continue after them."""
+        for record in records:
+            check_record(record, "replay")
+        if records and records[0].step != self._next_step:
+            raise ValueError(
+                f"records start at step {records[0].step}, this run stands at {self._next_step}"
+            )
+        for record in records:
+            self._remember(record.losses, record.eps)
+        for name, parameter in self._parameters.items():
+            replay_tensor(parameter.data, self._traces[name], self._settings, records, name)
+        if records:
+            self._next_step = records[-1].step + 1
+            self._settle()
+        self._skipped += sum(record.skipped for record in records)
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield copies of the trained parameters as they stand, pending updates merged."""
+        for name, parameter in self._parameters.items():
+            copy = parameter.detach().clone()
+            self._traces[name].finish(copy)
+            yield name, copy
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._log is not None:
+            self._log.close()
+
+    def _record(self, losses: Sequence[float], *, batch: int, lr: float) -> StepRecord:
+        settings = self._settings
+        grads, fine = self._remember(tuple(losses), settings.eps)
+        return StepRecord(
+            step=self._next_step,
+            seed=step_seed(settings.seed, self._next_step),
+            batch=batch,
+            lr=lr,
+            eps=settings.eps,
+            losses=tuple(losses),
+            grads=grads,
+            skipped=not fine,
+        )
+
+    def _remember(self, losses: Sequence[float], eps: float) -> tuple[tuple[float, ...], bool]:
+        """Projected grads after controls, as fp32 numbers; moves the controls' memories."""
+        settings = self._settings
+        nothing = (0.0,) * settings.estimator.directions
+        if not all_finite(losses):
+            return nothing, False
+        raw = settings.estimator.projected_grads(losses, eps)
+        grads, memories = apply_controls(settings.controls, raw, self._memories)
+        with np.errstate(over="ignore"):
+            rounded = tuple(float(np.float32(grad)) for grad in grads)
+        if not all_finite(rounded):
+            return nothing, False
+        self._memories = memories
+        return rounded, True
+
+    def _apply(self, record: StepRecord) -> None:
+        for name, parameter in self._parameters.items():
+            update = self._settings.update_of(record, name)
+            if update is not None:
+                self._traces[name].apply(parameter.data, [update])
+        self._next_step = record.step + 1
+        self._skipped += record.skipped
+        self._settle()
+
+    def _settle(self) -> None:
+        for name, trace in self._traces.items():
+            if isinstance(trace, FactoredTrace):
+                trace.settle(self._parameters[name].data, self._next_step)
