@@ -28,6 +28,7 @@ from .recipes import (
 from .spec import TensorSpec
 from .streamed import ParameterHost, StreamedUpdates, UpdateRule
 from .torch_api import RuleOptimizer, memory
+from .trainer import for_trainer
 
 __all__ = [
     "AdamW",
@@ -45,6 +46,7 @@ __all__ = [
     "apollo",
     "apollo_mini",
     "fira",
+    "for_trainer",
     "frugal",
     "galore_adamw",
     "galore_adamw_8bit",

@@ -1,0 +1,113 @@
+"""Every recipe in the stock Trainer: accumulation, clipping, a scheduler, save and resume."""
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from headrace import optim
+
+SETTINGS = {
+    "adamw": {},
+    "adamw_8bit": {},
+    "adamw_4bit": {},
+    "adamw_fp8": {},
+    "stable_adamw": {},
+    "adam_mini": {},
+    "lion": {},
+    "lion_8bit": {},
+    "adafactor": {},
+    "sgd": {"momentum": 0.9},
+    "sign_sgd": {},
+    "galore_adamw": {"rank": 8, "update_proj_gap": 2},
+    "galore_adamw_8bit": {"rank": 8, "update_proj_gap": 2},
+    "q_galore": {"rank": 8, "update_proj_gap": 2},
+    "natural_galore": {"rank": 8, "update_proj_gap": 3, "natural_history": 2},
+    "apollo": {"rank": 8, "update_proj_gap": 2},
+    "apollo_mini": {"update_proj_gap": 2},
+    "grass": {"rank": 8, "update_proj_gap": 2},
+    "frugal": {"update_gap": 3},
+    "fira": {"rank": 8, "update_proj_gap": 2},
+}
+
+
+class Tokens(Dataset):
+    """Sixteen fixed sequences."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.rows = torch.randint(0, 97, (16, 12), generator=generator)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.rows[i], "labels": self.rows[i]}
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=80, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).bfloat16()
+
+
+def arguments(folder, **kwargs):
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, max_grad_norm=1.0, lr_scheduler_type="cosine",
+        logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, seed=1, **kwargs,
+    )  # fmt: skip
+
+
+def test_the_table_has_every_recipe():
+    recipes = {name for name in optim.__all__ if name[0].islower()} - {"memory", "for_trainer"}
+    assert recipes == set(SETTINGS)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_recipe_trains_and_resumes_in_the_trainer(name, tmp_path):
+    recipe, settings = getattr(optim, name), {"lr": 2e-3, "weight_decay": 0.01, **SETTINGS[name]}
+    model = tiny_llama()
+    start = [p.detach().clone() for p in model.parameters()]
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=Tokens(),
+        optimizers=(recipe(model, **settings), None),
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(logs) == 4
+    assert all(entry["grad_norm"] > 0 for entry in logs)
+    assert logs[-1]["learning_rate"] < logs[0]["learning_rate"]
+    assert any(not torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
+
+    again = tiny_llama()
+    resumed = Trainer(
+        model=again,
+        args=arguments(tmp_path),
+        train_dataset=Tokens(),
+        optimizer_cls_and_kwargs=optim.for_trainer(recipe, **settings),
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (key, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), key
+
+
+def test_weight_decay_betas_and_eps_reach_projected_matrices():
+    """The Trainer's own GaLore ignores all three."""
+    for change in ({"weight_decay": 0.5}, {"betas": (0.5, 0.5)}, {"eps": 1.0}):
+        kept = []
+        for settings in ({}, change):
+            model = tiny_llama()
+            optimizer = optim.galore_adamw(model, lr=1e-2, rank=8, **settings)
+            for step in range(2):
+                generator = torch.Generator().manual_seed(step)
+                for p in model.parameters():
+                    p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+                optimizer.step()
+            kept.append(model.model.layers[0].mlp.up_proj.weight)
+        assert not torch.equal(*kept), change
