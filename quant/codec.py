@@ -115,11 +115,42 @@ class Codec(ABC):
                 f"out has shape {tuple(out.shape)} and dtype {out.dtype}; decoding needs a "
                 f"contiguous tensor of shape {shape} and dtype {dtype}"
             )
-        flat = out.view(-1)
-        target = slab_elements(device)
-        for start, stop in slabs(flat.numel(), self.decode_granule(shape), target=target):
-            flat[start:stop].copy_(self.decode_range(parts, shape, start, stop))
+        self._fill(parts, shape, out.view(-1), 0)
         return out
+
+    def decode_slice(
+        self,
+        parts: Mapping[str, Tensor],
+        shape: Shape,
+        start: int,
+        stop: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Decode any elements ``start .. stop`` of the whole tensor to a flat tensor.
+
+        Decodes only the granules they lie in; scratch as for ``decode``.
+        """
+        shape = tuple(shape)
+        device = self.check_parts(parts, shape)
+        if not 0 <= start <= stop <= math.prod(shape):
+            raise ValueError(
+                f"elements {start}..{stop} are outside a tensor of shape {shape} "
+                f"(codec {self.name!r})"
+            )
+        out = torch.empty(stop - start, dtype=dtype, device=device)
+        self._fill(parts, shape, out, start)
+        return out
+
+    def _fill(self, parts: Mapping[str, Tensor], shape: Shape, out: Tensor, start: int) -> None:
+        """Decode the elements from ``start`` on into flat ``out``, slab by slab."""
+        stop, granule = start + out.numel(), self.decode_granule(shape)
+        begin = start // granule * granule
+        target = slab_elements(out.device)
+        for low, high in slabs(stop - begin, granule, target=target):
+            first, last = begin + low, min(begin + -(-high // granule) * granule, math.prod(shape))
+            piece = self.decode_range(parts, shape, first, last)
+            left, right = max(first, start), min(last, stop)
+            out[left - start : right - start].copy_(piece[left - first : right - first])
 
     def decode_scratch_bytes(self, shape: Shape, device: torch.device) -> int:
         """Bound the bytes that ``decode`` allocates beside its result and frees again."""

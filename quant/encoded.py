@@ -57,22 +57,14 @@ class EncodedView:
     def decode(self) -> Tensor:
         """Return the values as an ordinary tensor."""
         parts = self.owner.parts()
-        if self.shape == self.whole_shape:
-            value = self.codec.decode(parts, self.whole_shape, self.dtypes[0])
-        else:
-            value = self._decode_slice(parts)
+        stop = self.start + math.prod(self.shape)
+        flat = self.codec.decode_slice(
+            parts, self.whole_shape, self.start, stop, dtype=self.dtypes[0]
+        )
+        value = flat.view(self.shape)
         for dtype in self.dtypes[1:]:
             value = value.to(dtype)
         return value.transpose(-2, -1) if self.transposed else value
-
-    def _decode_slice(self, parts: Mapping[str, Tensor]) -> Tensor:
-        self.codec.check_parts(parts, self.whole_shape)
-        granule = self.codec.decode_granule(self.whole_shape)
-        stop = self.start + math.prod(self.shape)
-        begin = self.start // granule * granule
-        end = min(-(-stop // granule) * granule, math.prod(self.whole_shape))
-        flat = self.codec.decode_range(parts, self.whole_shape, begin, end)
-        return flat[self.start - begin : stop - begin].to(self.dtypes[0]).view(self.shape)
 
     def visible_shape(self) -> Shape:
         """Return the shape after the transpose."""

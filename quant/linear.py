@@ -12,6 +12,7 @@ they wrap ``nn.Linear``, and results have the bits of the same layer with the de
 from __future__ import annotations
 
 import functools
+from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self, final
@@ -58,11 +59,10 @@ def part_parameter_name(weight_name: str, part_name: str) -> str:
     return f"{weight_name}_{part_name}"
 
 
-class EncodedModule(nn.Module):
-    """Mixin of modules some of whose weights are encoded; put before the module's own class.
+class EncodedModule(nn.Module, ABC):
+    """Base of modules some of whose weights are encoded; stands before the module's own class.
 
-    Not abstract by itself only because ``nn.Module`` is not; made through ``EncodedLinear`` or
-    ``encode_parameters``.
+    Made through ``EncodedLinear``, ``attach_encoded`` or ``encode_parameters``.
     """
 
     encoded_slots: dict[str, EncodedSlot]

@@ -245,6 +245,11 @@ def test_ranges_decode_alone(codec):
         if granule > 1:
             with pytest.raises(ValueError, match="multiples"):
                 codec.decode_range(parts, shape, 1, granule)
+        for start, stop in [(0, 1), (1, whole.numel()), (7, 7), (30, 140), (0, whole.numel())]:
+            piece = codec.decode_slice(parts, shape, start, stop, torch.bfloat16)
+            assert torch.equal(piece, whole[start:stop].to(torch.bfloat16))
+        with pytest.raises(ValueError, match="outside"):
+            codec.decode_slice(parts, shape, 3, whole.numel() + 1)
 
 
 @every_codec
@@ -369,3 +374,17 @@ def test_decoding_scratch_stays_within_what_is_promised(codec):
     with PeakOfLiveBytes() as tally:
         codec.decode(parts, shape, out=out)
     assert 0 < tally.peak <= codec.decode_scratch_bytes(shape, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+@every_codec
+def test_the_device_gives_the_bits_of_the_host(codec, stochastic):
+    for kind in ("gaussian", "outliers", "sparse", "wide"):
+        x = make(kind, (37, 96))
+        generator = CounterGenerator(3) if stochastic else None
+        host = codec.encode(x, generator=generator)
+        device = codec.encode(x.cuda(), generator=generator)
+        same({name: part.cpu() for name, part in device.items()}, host)
+        assert torch.equal(codec.decode(device, (37, 96)).cpu(), codec.decode(host, (37, 96)))
