@@ -131,7 +131,7 @@ class Checkpoint:
             for name, (module, leaf) in owners.items():
                 module._parameters[leaf] = before[name]
             # Overwritten by every call; save_pretrained reverses what stands there.
-            self._model._weight_conversions = kept
+            self._model._weight_conversions = kept  # type: ignore[assignment]
         return result
 
 

@@ -236,7 +236,7 @@ def _attach(
     gathered_names = frozenset(c.name for c in chunks if c.role is Role.EMBEDDING)
     runtime.training_schedule(names, frozenset(), "backward", gathered=gathered_names)
     head = _stream_modules(runtime, model, chunks, tile_bytes)
-    model.__class__ = streamed_class(type(model))
+    model.__class__ = streamed_class(type(model))  # type: ignore[assignment]
     assert isinstance(model, StreamedModel)
     model._runtime = runtime
     model._head = head

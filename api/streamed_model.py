@@ -146,10 +146,10 @@ def _expecting(head: StreamedHead | None, labels: Any) -> Iterator[None]:
 
 
 def _loss_function(kind: type[nn.Module]) -> property:
-    plain = kind.loss_function
+    plain: Any = inspect.getattr_static(kind, "loss_function")
 
     def loss_function(self: Any) -> Callable[..., Tensor]:
-        function = plain.fget(self)  # type: ignore[attr-defined]
+        function = plain.fget(self)
 
         @functools.wraps(function)
         def loss(logits: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -163,7 +163,7 @@ def _loss_function(kind: type[nn.Module]) -> property:
 
         return loss
 
-    return property(loss_function, plain.fset)  # type: ignore[attr-defined]
+    return property(loss_function, plain.fset)
 
 
 def _state_dict(kind: type[nn.Module]) -> Callable[..., Any]:

@@ -205,8 +205,7 @@ class Training:
         layouts = self._layouts()
         rules = {name: optimizer.rule_for(p) for name, p in trainable.items()}
         tiles: dict[str, tuple[Tile, ...]] = {
-            n: plan_tiles(layout, dict(rules), tile_bytes=TILE_BYTES)
-            for n, layout in layouts.items()
+            n: plan_tiles(layout, rules, tile_bytes=TILE_BYTES) for n, layout in layouts.items()
         }
         on_device = frozenset(n for n in layouts if n not in self._gathered or self._tied(n))
         self._check_room(layouts, tiles, on_device)  # before anything is made

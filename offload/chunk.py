@@ -7,12 +7,14 @@ code path), the whole is a multiple of 4096 bytes (so that it moves by direct I/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
+
+from .protocols import TensorSpec, UpdateRule
 
 SLOT_ALIGNMENT_BYTES = 64
 PAGE_BYTES = 4096
@@ -157,12 +159,9 @@ class Tile:
 
 
 def state_pieces(
-    slot: Slot, rule: object, tile_bytes: int
-) -> Iterator[tuple[int, int, dict[str, object]]]:
+    slot: Slot, rule: UpdateRule, tile_bytes: int
+) -> Iterator[tuple[int, int, dict[str, TensorSpec]]]:
     """Cut one parameter into ranges whose states fit ``tile_bytes`` (elementwise rules only)."""
-    from .protocols import UpdateRule
-
-    assert isinstance(rule, UpdateRule)
     whole = dict(rule.state_spec(tuple(slot.shape), slot.dtype))
     total = sum(spec.nbytes for spec in whole.values())
     if not rule.elementwise or total <= tile_bytes or slot.numel <= rule.granule:
@@ -177,7 +176,7 @@ def state_pieces(
 
 
 def plan_tiles(
-    layout: ChunkLayout, rules: dict[str, object], *, tile_bytes: int
+    layout: ChunkLayout, rules: Mapping[str, UpdateRule], *, tile_bytes: int
 ) -> tuple[Tile, ...]:
     """Lay the optimizer states of a chunk out as tiles of at most about ``tile_bytes``.
 
@@ -197,14 +196,14 @@ def plan_tiles(
 
     for slot in layout.slots:
         for start, stop, specs in state_pieces(slot, rules[slot.name], tile_bytes):
-            need = sum(round_up(s.nbytes, SLOT_ALIGNMENT_BYTES) for s in specs.values())  # type: ignore[attr-defined]
+            need = sum(round_up(s.nbytes, SLOT_ALIGNMENT_BYTES) for s in specs.values())
             if pieces and end + need > tile_bytes:
                 close()
             states = []
             for name, spec in specs.items():
                 offset = round_up(end, SLOT_ALIGNMENT_BYTES)
-                states.append((name, torch.Size(spec.shape), spec.dtype, offset))  # type: ignore[attr-defined]
-                end = offset + spec.nbytes  # type: ignore[attr-defined]
+                states.append((name, torch.Size(spec.shape), spec.dtype, offset))
+                end = offset + spec.nbytes
             pieces.append(Piece(slot, start, stop, tuple(states)))
     close()
     return tuple(tiles)

@@ -70,7 +70,7 @@ class StreamedEmbedding:
         self.runtime, self.chunk, self.slot, self.module = runtime, chunk, slot, module
         self._kind = type(module)
         self.tied: TiedRows | None = None  # of the forward pass under way
-        module.forward = self._forward  # type: ignore[method-assign]
+        module.forward = self._forward  # type: ignore[method-assign,assignment]
 
     def _forward(self, ids: Tensor) -> Tensor:
         runtime = self.runtime

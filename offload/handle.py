@@ -44,7 +44,7 @@ class GradientHandle(Tensor):
         """What the gradient is to be multiplied by; None: nothing asked for it."""
         return self._factor
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"GradientHandle({self._name!r}, shape={tuple(self.shape)})"
 
     def _scaled_norm(self, order: float) -> Tensor:
@@ -68,7 +68,7 @@ class GradientHandle(Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Any,
@@ -127,7 +127,7 @@ _METADATA = frozenset(
         Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
         Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
         Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-        Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
+        Tensor.grad_fn.__get__,  # type: ignore[attr-defined,union-attr]
         Tensor.is_floating_point,
         Tensor.size,
         Tensor.dim,

@@ -41,7 +41,7 @@ class RandomState:
         self._device = device
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._autocast = [
+        self._autocast: list[dict[str, Any]] = [
             {
                 "device_type": kind,
                 "enabled": torch.is_autocast_enabled(kind),
@@ -360,6 +360,7 @@ def streamed_forward(
     def finished(output: Any) -> Any:
         if not keys:
             return output
+        assert runtime.tap is not None
         output, found = output
         runtime.tap.deliver(found)
         return output

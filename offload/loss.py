@@ -72,7 +72,7 @@ class LazyLogits(Tensor):
         lazy._head, lazy._hidden, lazy._operations = head, hidden, ()
         return lazy
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def parts(self) -> tuple[StreamedHead, Tensor, tuple[Pointwise, ...]]:
@@ -95,7 +95,7 @@ class LazyLogits(Tensor):
         return logits
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Any,
