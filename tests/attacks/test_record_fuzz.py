@@ -143,7 +143,7 @@ def test_any_safetensors_header_is_read_whole_or_refused(header: Any, extra_byte
         except SourceError as error:
             assert str(path) in str(error)
             return
-        assert sum(entry.nbytes for entry in shard.entries.values()) == 32 + extra_bytes
+        assert sum(entry.nbytes for entry in shard.entries.values()) == max(32 + extra_bytes, 0)
 
 
 @settings(max_examples=200, deadline=None)
