@@ -1,6 +1,7 @@
 """Memory-efficient optimizers: bricks, recipes, and the torch.optim face."""
 
 from .adamw import AdamW
+from .in_backward import StepInBackward
 from .projected_recipes import (
     apollo,
     apollo_mini,
@@ -34,6 +35,7 @@ __all__ = [
     "AdamW",
     "ParameterHost",
     "RuleOptimizer",
+    "StepInBackward",
     "StreamedUpdates",
     "TensorSpec",
     "UpdateRule",

@@ -110,6 +110,24 @@ class RuleOptimizer(torch.optim.Optimizer):
         for gradient in self.resident_gradients():
             gradient.mul_(coefficient)
 
+    @property
+    def has_hosts(self) -> bool:
+        """Whether a module updates some of the parameters itself."""
+        return bool(self._streams)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over all parameters, group by group."""
+        for group in self.param_groups:
+            yield from group["params"]
+
+    @torch.no_grad()
+    def update_parameter(self, parameter: nn.Parameter) -> bool:
+        """Update one resident parameter from its gradient; False if that is not finite."""
+        if parameter.grad is None or not _finite(parameter.grad):
+            return False
+        self._run([parameter])
+        return True
+
     # -- torch.optim.Optimizer -----------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -205,13 +223,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         return entry
 
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        for group in self.param_groups:
-            yield from group["params"]
-
     def _resident_work(self) -> list[nn.Parameter]:
         work = []
-        for parameter in self._parameters():
+        for parameter in self.parameters():
             if any(stream.owns(parameter) for stream in self._streams):
                 continue
             if parameter.grad is None:
@@ -262,7 +276,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         entry = self._entry(parameter)
         states = self._states(parameter, entry)
         states["step"] += 1
-        common = {
+        common: dict[str, Any] = {
             "step": int(states["step"]),
             "hyper": self.param_groups[entry.group_index],
             "seed": self.noise_seed(parameter),
@@ -311,7 +325,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self, state_dict: Mapping[str, Any]
     ) -> list[tuple[nn.Parameter, dict[str, Tensor]]]:
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = list(self._parameters())
+        parameters = list(self.parameters())
         if len(ids) != len(parameters):
             raise ValueError(
                 f"the checkpoint has {len(ids)} parameters, this optimizer has "
