@@ -6,8 +6,9 @@ GPTQ with an EoRA correction is better than NF4; after LoRA fine-tuning the 4-bi
 
 The model is the demo's (SmolLM2-135M-Instruct, made from an installed package whose weights were
 4-bit with a scale and minimum per 32: affine INT4 of that group would be exact here, and is left
-out); the text is Python's help, cut into calibration, training and held-out parts.  All linear layers of the
-decoder are encoded; computation is fp32, so that the table shows the formats and nothing else.
+out); the text is Python's help, cut into calibration, training and held-out parts.  All linear
+layers of the decoder are encoded; computation is fp32, so that the table shows the formats and
+nothing else.
 
     python benchmarks/formats.py --quick --out formats.json --plot formats.png
 """
