@@ -49,8 +49,9 @@ NO_TORCH = (
     "transfer",
     "verify",
 )
-# The streamed layer and what it is made of: embedding, head and loss are streamed layers too.
-MODULE_AND_AUTOGRAD = {"layer", "embedding", "loss", "runtime"}
+# The streamed layer and what it is made of: embedding, head and loss are streamed layers too, and
+# ``workspace`` measures what a micro-batch saves for its backward pass.
+MODULE_AND_AUTOGRAD = {"layer", "embedding", "loss", "runtime", "workspace"}
 STREAM_NAMES = {"Stream", "Event", "ExternalStream", "current_stream", "stream", "synchronize"}
 
 
