@@ -43,6 +43,7 @@ from .structure import ModuleChunk, Role, cut
 from .training import Training, TrainingOptions
 
 _TRAIN = ("adapters", "all", "none")
+HANG_SECONDS = 120.0  # a disk request that takes longer is reported as stuck
 
 
 def load(
@@ -177,7 +178,7 @@ def _attach(
     timeline = Timeline()
     host_budget = Budget(Tier.HOST, limit_bytes=host_bytes)
     device_budget = Budget(Tier.DEVICE, limit_bytes=device_bytes)
-    disk = closing.enter_context(DiskLanes(timeline=timeline))
+    disk = closing.enter_context(DiskLanes(timeline=timeline, hang_timeout_seconds=HANG_SECONDS))
     closing.callback(checkpoint.index.close)
     cuda = device.type == "cuda"
     host = SlabPool(
