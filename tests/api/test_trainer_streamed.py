@@ -120,7 +120,6 @@ def test_the_stock_trainer_gives_the_resident_history(
     found.save_model(str(tmp_path / "saved"))
     expected.save_model(str(tmp_path / "reference"))
     name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
-    from safetensors.torch import load_file
 
     saved, reference = (
         load_file(tmp_path / "saved" / name),
