@@ -74,6 +74,22 @@ def encoded_weights(model: nn.Module) -> dict[str, EncodedTensor]:
     }
 
 
+def decoding_bytes(module: nn.Module) -> int:
+    """Return the largest sum of a decoded weight and the scratch of decoding it.
+
+    What a module computing over encoded weights allocates beyond its parts and activations, as
+    long as one weight is decoded at a time (a stack of experts that is used whole counts whole).
+    """
+    return max(
+        (
+            weight.numel() * weight.element_size()
+            + weight.view_.codec.decode_scratch_bytes(weight.view_.whole_shape, weight.device)
+            for weight in encoded_weights(module).values()
+        ),
+        default=0,
+    )
+
+
 def _find(model: nn.Module, name: str) -> nn.Parameter:
     module_name, _, weight_name = name.rpartition(".")
     modules = dict(model.named_modules())

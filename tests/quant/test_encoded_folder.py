@@ -19,7 +19,12 @@ from headrace.quant.fold import (
 )
 from headrace.quant.folder import INDEX_NAME, EncodedFolder
 from headrace.quant.int8_rowwise import Int8RowwiseCodec
-from headrace.quant.model import declare_encoded, encode_model, encoded_weights
+from headrace.quant.model import (
+    declare_encoded,
+    decoding_bytes,
+    encode_model,
+    encoded_weights,
+)
 from headrace.quant.nf4 import Nf4Codec
 from headrace.quant.shards import ShardFile
 
@@ -332,6 +337,8 @@ def test_a_model_shaped_for_a_folder_computes_what_the_encoded_model_does(tmp_pa
     names = encode_model(resident, choose)
     assert sorted(names) == sorted(n for n, r in folder.records.items() if r.codec is not None)
     assert sorted(encoded_weights(resident)) == sorted(names)
+    largest = max(weight.numel() * 4 for weight in encoded_weights(resident).values())
+    assert largest < decoding_bytes(resident) < largest * 20 + (1 << 17)
     experts = [name for name in names if "experts." in name and "shared" not in name]
     assert bool(experts) == (family in ("mixtral", "qwen2_moe"))
     with torch.device("meta"):
