@@ -19,7 +19,7 @@ from .adam import Adam
 from .adamw import AdamScalars
 from .brick_rule import BrickRule
 from .host.bits import host_view
-from .host.companded import adamw_companded, lion_companded
+from .host.companded import BLOCK, adamw_companded, lion_companded
 from .host.masters import no_extra
 from .lion import Lion
 from .masters import FullMaster, MasterName, SplitMaster, check_master, master_of
@@ -39,7 +39,7 @@ class CompandedRule:
         self._lion = isinstance(brick, Lion)
         self._master: MasterName = check_master(master)
         self._bricks = BrickRule(brick, encoding_of("int8"), master=master)
-        self._block = Companded8Codec().block_size
+        assert Companded8Codec().block_size == BLOCK, "the kernels are compiled for one block"
 
     @property
     def elementwise(self) -> bool:
@@ -49,7 +49,7 @@ class CompandedRule:
     @property
     def granule(self) -> int:
         """Ranges start and end at multiples of a block."""
-        return self._block
+        return BLOCK
 
     def state_spec(self, shape: Shape, dtype: torch.dtype) -> StateSpec:
         """Return name -> spec of the states of a parameter or range of this shape."""
@@ -89,10 +89,8 @@ class CompandedRule:
         first = (host_view(states["exp_avg.codes"]), host_view(states["exp_avg.absmax"]))
         if self._lion:
             scalars = AdamScalars.of({"eps": 0.0, **hyper}, step).packed()
-            lion_companded(w, extra, g, *first, scalars, self._block, element_offset, low, high)
+            lion_companded(w, extra, g, *first, scalars, element_offset, low, high)
             return
         scalars = AdamScalars.of(hyper, step).packed()
         second = (host_view(states["exp_avg_sq.codes"]), host_view(states["exp_avg_sq.absmax"]))
-        adamw_companded(
-            w, extra, g, *first, *second, scalars, self._block, element_offset, low, high
-        )
+        adamw_companded(w, extra, g, *first, *second, scalars, element_offset, low, high)

@@ -74,12 +74,17 @@ class _CompandedCodec(FlatCodec):
         self, blocks: Tensor, uniform: Tensor | None, whole: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         absmax = block_amax(blocks)
-        scaled = blocks * (1.0 / absmax.clamp(min=SMALLEST_SCALE))[:, None]
-        if uniform is None:
-            codes = self._nearest(scaled)
-        else:
+        floor = absmax.clamp(min=SMALLEST_SCALE)
+        if uniform is not None:
             table = code_table(self.code_values(), blocks.device)
+            scaled = blocks * (1.0 / floor)[:, None]
             codes = table.stochastic(scaled.clamp(-1.0, 1.0), uniform)
+        elif self.signed:
+            codes = self._nearest_signed(blocks * (1.0 / floor)[:, None])
+        else:
+            # Roots first: Adam has sqrt(v) at hand, and small values do not underflow.
+            roots = exact_sqrt(blocks.clamp(min=0.0)) * (1.0 / exact_sqrt(floor))[:, None]
+            codes = self._nearest_positive(roots)
         if not self.signed:
             codes = torch.where((blocks > 0) & (codes == 0), torch.ones_like(codes), codes)
         return codes, {"absmax": absmax}
@@ -100,16 +105,17 @@ class _CompandedCodec(FlatCodec):
         bound = bound.expand(blocks.shape)
         return bound if self.signed else bound + (-blocks).clamp(min=0.0)
 
-    def _nearest(self, scaled: Tensor) -> Tensor:
-        if self.signed:
-            top = 2 ** (self.code_bits - 1) - 1
-            magnitude = exact_sqrt(scaled.abs()) * float(top) + 0.5
-            codes = torch.nan_to_num(magnitude, nan=0.0).clamp(max=float(top)).to(torch.int32)
-            codes = torch.where(scaled < 0, -codes, codes) & (2**self.code_bits - 1)
-            return codes.to(torch.uint8)
+    def _nearest_signed(self, scaled: Tensor) -> Tensor:
+        top = 2 ** (self.code_bits - 1) - 1
+        magnitude = exact_sqrt(scaled.abs()) * float(top) + 0.5
+        codes = torch.nan_to_num(magnitude, nan=0.0).clamp(max=float(top)).to(torch.int32)
+        codes = torch.where(scaled < 0, -codes, codes) & (2**self.code_bits - 1)
+        return codes.to(torch.uint8)
+
+    def _nearest_positive(self, roots: Tensor) -> Tensor:
         top = 2**self.code_bits - 1
-        root = exact_sqrt(exact_sqrt(scaled.clamp(min=0.0))) * float(top) + 0.5
-        return torch.nan_to_num(root, nan=0.0).clamp(max=float(top)).to(torch.int32).to(torch.uint8)
+        code = exact_sqrt(roots) * float(top) + 0.5
+        return torch.nan_to_num(code, nan=0.0).clamp(max=float(top)).to(torch.int32).to(torch.uint8)
 
 
 @final

@@ -35,14 +35,22 @@ from .bits import (
 
 
 @njit(inline="always", **KERNEL_OPTIONS)
-def adam_step(g: Any, m: Any, v: Any, p: Any, scalars: Any) -> Any:
-    """Return (m, v, p) after one step on one element; g is fp32."""
+def adam_root_step(g: Any, m: Any, v: Any, p: Any, scalars: Any) -> Any:
+    """Return (m, v, p, sqrt(v)) after one step on one element; g is fp32."""
     lr, decay, b1, b2, o1, o2, c1, c2, eps, sign = scalars
     g = F32(sign * g)
     m = F32(F32(b1 * m) + F32(o1 * g))
     v = F32(F32(b2 * v) + F32(F32(o2 * g) * g))
-    d = F32(F32(m * c1) / F32(F32(F32(math.sqrt(v)) * c2) + eps))
-    return m, v, F32(F32(p * decay) - F32(lr * d))
+    root = F32(math.sqrt(v))
+    d = F32(F32(m * c1) / F32(F32(root * c2) + eps))
+    return m, v, F32(F32(p * decay) - F32(lr * d)), root
+
+
+@njit(inline="always", **KERNEL_OPTIONS)
+def adam_step(g: Any, m: Any, v: Any, p: Any, scalars: Any) -> Any:
+    """Return (m, v, p) after one step on one element; g is fp32."""
+    m, v, p, _ = adam_root_step(g, m, v, p, scalars)
+    return m, v, p
 
 
 @njit(**KERNEL_OPTIONS)
