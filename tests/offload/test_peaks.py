@@ -199,7 +199,7 @@ print(json.dumps({
 model.close()
 """
 
-DEVICE_BUDGET, HOST_BUDGET = "290MB", "300MB"
+DEVICE_BUDGET, HOST_BUDGET = "250MB", "250MB"
 
 
 def run(code: str, *arguments: str) -> str:
