@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import DataError, InputError
     from .exporting import export
     from .loading import load
+    from .quantizing import quantize
     from .reporting import Report, report, statistics
     from .resuming import resume
     from .tuning import TuneOptions, TuneResult, tune
@@ -33,6 +34,7 @@ _HOMES = MappingProxyType(
         "load": "loading",
         "resume": "resuming",
         "parse_bytes": "budgets",
+        "quantize": "quantizing",
         "report": "reporting",
         "statistics": "reporting",
         "tune": "tuning",
@@ -49,6 +51,7 @@ __all__ = [
     "export",
     "load",
     "parse_bytes",
+    "quantize",
     "report",
     "resume",
     "statistics",

@@ -51,12 +51,17 @@ _DTYPES = {
 class Checkpoint:
     """The shards of a model and how their tensors become the model's parameters."""
 
-    def __init__(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-        """``model`` is on meta, with the dtypes its parameters will have."""
+    def __init__(
+        self, model: PreTrainedModel, folder: Path, dtype: torch.dtype, *, converted: bool = True
+    ) -> None:
+        """``model`` is on meta, with the dtypes its parameters will have.
+
+        ``converted``: the shards use the hub's names and layouts, not the model's own.
+        """
         self.folder, self.dtype = folder, dtype
         self.index = SafetensorsIndex.open(folder)
         self._model = model
-        mapping = get_model_conversion_mapping(model)
+        mapping = get_model_conversion_mapping(model) if converted else []
         renamings = [w for w in mapping if isinstance(w, WeightRenaming)]
         converters = [w for w in mapping if isinstance(w, WeightConverter)]
         targets = model.state_dict()

@@ -28,11 +28,13 @@ from headrace.offload.lanes import open_lanes, pin_host_memory, unpin_host_memor
 from headrace.offload.layer import stream_module
 from headrace.offload.loss import StreamedHead
 from headrace.offload.pool import SlabPool
-from headrace.offload.runtime import BoundParameters, Runtime
+from headrace.offload.runtime import BoundParameters, Runtime, placeholder
 from headrace.offload.scratch import Scratch
 from headrace.offload.source import ReadPlan
 from headrace.offload.timeline import Timeline
 from headrace.offload.workspace import Workspace
+from headrace.quant.folder import INDEX_NAME, EncodedFolder
+from headrace.quant.model import declare_encoded, decoding_bytes
 
 from .budgets import default_budgets, parse_bytes
 from .capture import CollectorTap
@@ -102,13 +104,21 @@ def load(
     if train == "all" and not paths:
         raise InputError("train='all' keeps weights and states on disk: give store='FOLDER'")
     config = AutoConfig.from_pretrained(folder)
-    kind = _dtype(dtype, config)
+    kind = chosen_dtype(dtype, config)
     with init_empty_weights(include_buffers=False):
         skeleton = auto_class.from_config(config, dtype=kind)  # type: ignore[attr-defined]
     _apply_dtype_plan(skeleton, kind)
+    encoded = (folder / INDEX_NAME).exists()
+    if encoded:
+        if train == "all":
+            raise InputError(
+                f"{folder} holds encoded weights, which cannot be trained themselves; load it with "
+                f"train='adapters', or load the checkpoint that it was made of"
+            )
+        declare_encoded(skeleton, EncodedFolder(folder).records)
     skeleton.tie_weights()
     # Conversion works on a twin that stays on meta: the model itself is about to be streamed.
-    checkpoint = Checkpoint(copy.deepcopy(skeleton), folder, kind)
+    checkpoint = Checkpoint(copy.deepcopy(skeleton), folder, kind, converted=not encoded)
     chunks = cut(skeleton)
     _check_complete(skeleton, checkpoint, chunks, folder)
     budgets = default_budgets(str(target), device_budget=device_budget, host_budget=host_budget)
@@ -201,6 +211,7 @@ def _attach(
         closing.callback(scratch.close)
     parameters = _materialize(model, chunks, device, trainable=trainable)
     bound: dict[str, BoundParameters] = {}
+    decoding: dict[str, int] = {}
     for chunk in chunks:
         layout = ChunkLayout.pack(
             chunk.name, [(n, p.shape, p.dtype) for n, p in chunk.parameters.items()]
@@ -209,6 +220,7 @@ def _attach(
         gathered = chunk.role is Role.EMBEDDING
         engine.add(Chunk(layout, backing, gathered=gathered))
         bound[chunk.name] = BoundParameters({n: parameters[n] for n in chunk.parameters}, device)
+        decoding[chunk.name] = max(decoding_bytes(module) for module in chunk.modules)
     engine.check_budgets()
     sizes = sorted((c.layout.nbytes for c in engine.chunks.values()), reverse=True)
     device_reserve = sum(sizes[:2]) + (sum(sizes[:2]) if trainable else 0)
@@ -231,6 +243,7 @@ def _attach(
         micro_batch=micro_batch,
         workspace=workspace,
         tap=CollectorTap(),
+        decoding_bytes=decoding,
         closing=closing,
     )
     names = list(engine.chunks)
@@ -301,9 +314,8 @@ def _materialize(
     by_name: dict[str, nn.Parameter] = {}
     for chunk in chunks:
         for name, parameter in chunk.parameters.items():
-            value = torch.full((), float("nan"), dtype=parameter.dtype, device=device)
             made[id(parameter)] = by_name[name] = nn.Parameter(
-                value.expand(parameter.shape), requires_grad=trainable
+                placeholder(parameter, device), requires_grad=trainable
             )
     for module in model.modules():
         for leaf, old in module._parameters.items():
@@ -374,7 +386,8 @@ def find_folder(model: str | Path) -> Path:
         ) from error
 
 
-def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
+def chosen_dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
+    """The dtype of the weights: what was asked for, else the checkpoint's."""
     chosen: Any = dtype or getattr(config, "dtype", None) or torch.float32
     if isinstance(chosen, str):
         chosen = getattr(torch, chosen, None)

@@ -267,7 +267,8 @@ def measure_workspace(runtime: Runtime, name: str, call: Call, tensors: Sequence
     largest = max((s.nbytes for s in layout.slots), default=0)
     rows = part.stop - part.start if len(call.slices) > 1 else "all"
     runtime.workspace.reserve(
-        2 * graph + largest + 4 * hidden, f"chunk {name!r} with {rows} sequences a micro-batch"
+        2 * graph + largest + runtime.decoding_bytes.get(name, 0) + 4 * hidden,
+        f"chunk {name!r} with {rows} sequences a micro-batch",
     )
 
 

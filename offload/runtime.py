@@ -47,6 +47,18 @@ class EngineStatistics:
     stalls: dict[str, float]
 
 
+def placeholder(like: Tensor, device: torch.device) -> Tensor:
+    """One element expanded to the shape of ``like``: NaN, or all bits set in an integer.
+
+    Codes with all bits set, under a NaN scale, decode to NaN in every format.
+    """
+    value: float = float("nan")
+    if not like.is_floating_point():
+        limits = torch.iinfo(like.dtype)
+        value = limits.max if limits.min == 0 else -1
+    return torch.full((), value, dtype=like.dtype, device=device).expand(like.shape)
+
+
 @final
 class BoundParameters:
     """The parameters of one chunk: placeholders outside a visit, device views inside.
@@ -57,10 +69,7 @@ class BoundParameters:
 
     def __init__(self, parameters: dict[str, nn.Parameter], device: torch.device) -> None:
         self.parameters = parameters
-        self._placeholders = {
-            name: torch.full((), float("nan"), dtype=p.dtype, device=device).expand(p.shape)
-            for name, p in parameters.items()
-        }
+        self._placeholders = {n: placeholder(p, device) for n, p in parameters.items()}
         self.unbind()
 
     def bind(self, views: dict[str, Tensor]) -> None:
@@ -126,6 +135,8 @@ class Runtime:
     gradients: Gradients | None = None
     updates: Updates | None = None
     tap: Tap | None = None
+    # What a visit of a chunk over encoded weights decodes at once, beyond its own bytes.
+    decoding_bytes: dict[str, int] = field(default_factory=dict)
     current: Pass | None = None
     _anchor: Tensor | None = None
     _step_started: float | None = None

@@ -31,6 +31,8 @@ def measured_graph_bytes(run: Callable[[], object], known: set[int]) -> int:
     alive: list[Tensor] = []  # addresses are only distinct while their tensors live
 
     def pack(tensor: Tensor) -> None:
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return  # an encoded weight: it stands for bytes of the chunk and has none of its own
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             seen[storage.data_ptr()] = storage.nbytes()
