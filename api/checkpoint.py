@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -25,6 +26,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
 
 from headrace.offload.backing import Backing
 from headrace.offload.chunk import ChunkLayout, Segment
@@ -112,9 +114,10 @@ class Checkpoint:
         owners = {s.name: _owner(self._model, s.name) for s in layout.slots}
         before = {n: module._parameters[leaf] for n, (module, leaf) in owners.items()}
         try:
-            info, _ = convert_and_load_state_dict_in_model(
-                self._model, state, _load_config(self._model, self.dtype)
-            )
+            with _no_progress_bar():
+                info, _ = convert_and_load_state_dict_in_model(
+                    self._model, state, _load_config(self._model, self.dtype)
+                )
             problems = [
                 *map(str, info.conversion_errors),
                 *map(str, info.mismatched_keys),
@@ -138,6 +141,18 @@ class Checkpoint:
             # Overwritten by every call; save_pretrained reverses what stands there.
             self._model._weight_conversions = kept  # type: ignore[assignment]
         return result
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers would draw a bar for each chunk."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load_config(model: PreTrainedModel, dtype: torch.dtype) -> LoadStateDictConfig:

@@ -8,6 +8,7 @@ half-written); 1 our fault (a traceback).  Results go to the standard output, as
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import json
 import sys
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: headrace tune --demo --out tuned",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_doctor, _add_tune, _add_verify, _add_export, _add_report):
+    for add in (_add_doctor, _add_tune, _add_quantize, _add_verify, _add_export, _add_report):
         add(commands)
     return parser
 
@@ -244,6 +245,50 @@ def _export(chosen: argparse.Namespace) -> _Output:
     )
     record = {"base": base, "adapters": str(chosen.folder), "out": str(chosen.out)}
     return _Output(f"{base} with the adapters of {chosen.folder} is in {chosen.out}", record)
+
+
+# quantize
+
+
+def _add_quantize(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "quantize",
+        "write a model's weights in few bits, one layer in memory at a time; resumable",
+        "  headrace quantize Qwen/Qwen3-8B qwen3-nf4 --format nf4\n"
+        "  headrace tune --model qwen3-nf4 --data chats.jsonl --method lora --out tuned",
+    )
+    command.add_argument("model", help="folder or hub id")
+    command.add_argument("out", type=Path, help="folder to make; an interrupted one is continued")
+    command.add_argument(
+        "--format",
+        default="nf4",
+        choices=("nf4", "fp4", "int8", "int4", "fp8", "mxfp4", "mxfp8", "nvfp4"),
+        help="of the linear layers' weights (default: nf4)",
+    )
+    command.set_defaults(run=_quantize)
+
+
+def _quantize(chosen: argparse.Namespace) -> _Output:
+    from .quantizing import quantize, quantize_report
+
+    reports, show = quantize_report(quiet=chosen.json)
+    quantize(chosen.model, chosen.out, format=chosen.format, on_tensor=show)
+    before = sum(r.bytes_before for r in reports)
+    after = sum(r.bytes_after for r in reports)
+    worst = max(reports, key=lambda r: r.relative_rms)
+    record = {
+        "out": str(chosen.out),
+        "format": chosen.format,
+        "bytes_before": before,
+        "bytes_after": after,
+        "tensors": [dataclasses.asdict(r) for r in reports],
+    }
+    text = (
+        f"{before:,} bytes became {after:,} in {chosen.out}; {len(reports)} tensors, the largest "
+        f"relative error {worst.relative_rms:.4f} in {worst.name}"
+    )
+    return _Output(text, record)
 
 
 # report

@@ -98,7 +98,7 @@ def load(
     if update not in (None, "backward", "forward"):
         raise InputError(f"update is {update!r}; choose 'backward' or 'forward'")
     place = ParkPlace(activations)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = _device(device)
     folder = find_folder(model)
     paths = _store_paths(store)
     if train == "all" and not paths:
@@ -362,6 +362,23 @@ def _fingerprint(model: PreTrainedModel, chunks: Sequence[ModuleChunk]) -> dict[
         "class": type(model).__name__,
         "parameters": xxhash.xxh3_128_hexdigest("\n".join(lines).encode()),
     }
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device is {device!r}; give 'cuda', 'cuda:N' or 'cpu'") from error
+    if target.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {device!r}; only 'cuda' and 'cpu' can stream")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device is {device!r}, but {torch.cuda.device_count()} CUDA devices are visible; "
+            f"give 'cpu', or install a torch with CUDA"
+        )
+    return target
 
 
 def find_folder(model: str | Path) -> Path:

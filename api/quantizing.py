@@ -13,6 +13,7 @@ from typing import final
 
 import torch
 from accelerate import init_empty_weights
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -96,6 +97,24 @@ def quantize(
                 shutil.copy2(path, target / path.name)
     checkpoint.index.close()
     return encoded
+
+
+def quantize_report(*, quiet: bool) -> tuple[list[TensorReport], Callable[[TensorReport], None]]:
+    """A list that fills with every tensor's report, and the callback that fills it.
+
+    Unless ``quiet``, the callback also shows a line for each encoded tensor on standard error.
+    """
+    reports: list[TensorReport] = []
+    console = Console(stderr=True, quiet=quiet)
+
+    def show(report: TensorReport) -> None:
+        reports.append(report)
+        if report.codec != "kept":
+            console.print(
+                f"{report.name}: {report.codec}, relative error {report.relative_rms:.4f}"
+            )
+
+    return reports, show
 
 
 def _reader(reader: _ChunkReader, layout: ChunkLayout, name: str) -> Callable[[], Tensor]:

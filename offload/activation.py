@@ -23,7 +23,7 @@ from .budget import Loan
 from .chunk import PAGE_BYTES, Segment, round_up
 from .device_memory import slab_tensor
 from .engine import PREFETCH_VISITS, Engine
-from .errors import HeadraceError
+from .errors import BudgetError, HeadraceError
 from .io import DirectFile
 from .lanes import CopyTransfer
 from .pool import Slab
@@ -159,9 +159,11 @@ class Parking:
 
     def _to_disk(self, parked: Parked, tensor: Tensor) -> None:
         if self._scratch is None:
-            raise ValueError(
-                "activations do not fit the device and host budgets and there is no folder to "
-                "park them on disk: give store=, or raise host_budget"
+            raise BudgetError(
+                f"an activation of {parked.nbytes:,} bytes fits neither DEVICE "
+                f"({self._engine.device.budget.free_bytes:,} bytes free) nor HOST "
+                f"({self._engine.host_budget.free_bytes:,} free), and there is no folder to park "
+                f"it on disk. Give store=, raise host_budget, or lower micro_batch."
             )
         size = round_up(parked.nbytes, PAGE_BYTES)
         slab = self._engine.acquire_host("parked activations", size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import headrace
+from headrace.cli import main
 from headrace.offload.timeline import LaneName
 from headrace.optim import adamw
 from headrace.quant.fold import default_choice
@@ -88,3 +90,17 @@ def test_a_damaged_encoded_folder_is_refused_by_name(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-4096])
     with pytest.raises(ValueError, match=shard.name):
         headrace.load(tmp_path / "encoded", train="adapters", device="cpu")
+
+
+def test_the_command_reports_errors_and_refuses_a_finished_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder("mixtral", tmp_path / "model")
+    assert main(["quantize", str(folder), str(tmp_path / "out"), "--format", "int8", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    experts = [t for t in record["tensors"] if "experts" in t["name"]]
+    assert experts and all(t["codec"] == "int8_rowwise" for t in experts)
+    assert all(0 < t["relative_rms"] < 0.02 for t in experts)
+    assert record["bytes_after"] < record["bytes_before"]
+    assert main(["quantize", str(folder), str(tmp_path / "out")]) == 2
+    assert "finished encoding" in capsys.readouterr().err
