@@ -98,15 +98,19 @@ class FactoredTrace(Trace):
             self._index = index
         return self._window
 
-    def settle(self, weight: Tensor, step: int) -> bool:
-        """Merge into ``weight`` if ``step`` begins a new window; returns whether it was written."""
+    def retire(self, step: int) -> tuple[Tensor, Tensor] | None:
+        """``settle`` for weights that are not at hand: the factors (L, R) still to be merged."""
         if self._window is None or step // self._directions.window_steps == self._index:
-            return False
-        left = self._window.left
-        if left is not None:
-            merge(weight, left, self._window.right)
+            return None
+        left, right = self._window.left, self._window.right
         self._window = None
-        return left is not None
+        return None if left is None else (left, right)
+
+    def settle(self, weight: Tensor, step: int) -> None:
+        """Merge into ``weight`` if ``step`` begins a new window."""
+        retired = self.retire(step)
+        if retired is not None:
+            merge(weight, *retired)
 
     def apply(self, weight: Tensor, updates: list[StepUpdate]) -> None:
         for update in updates:

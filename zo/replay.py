@@ -13,9 +13,10 @@ import xxhash
 from torch import Tensor
 
 from ..offload.errors import StoreFormatError
-from .directions import Place, Trace
+from .directions import Place
 from .log import LogHeader, StepRecord
 from .noise import assign_streams
+from .perturb import StepUpdate
 from .settings import ZOSettings, check_record
 
 
@@ -35,12 +36,10 @@ def places_of(shapes: Mapping[str, tuple[int, ...]], run_seed: int) -> dict[str,
     return {name: Place(name, streams[name], run_seed, shapes[name]) for name in shapes}
 
 
-def replay_tensor(
-    tensor: Tensor, trace: Trace, settings: ZOSettings, records: Sequence[StepRecord], name: str
-) -> None:
-    """Apply logged steps to one parameter, in place, leaving its trace as a live run's."""
+def updates_of(settings: ZOSettings, records: Sequence[StepRecord], name: str) -> list[StepUpdate]:
+    """What logged steps do to one parameter; skipped steps do nothing."""
     updates = [settings.update_of(record, name) for record in records]
-    trace.apply(tensor, [update for update in updates if update is not None])
+    return [update for update in updates if update is not None]
 
 
 def replay(
@@ -71,7 +70,7 @@ def replay(
                     "in the log: the log belongs to another model"
                 )
             trace = settings.directions.open(places[name])
-            replay_tensor(tensor, trace, settings, records, name)
+            trace.apply(tensor, updates_of(settings, records, name))
             trace.finish(tensor)
         yield name, tensor
     if missing:

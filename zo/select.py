@@ -24,7 +24,7 @@ def select_parameters(
     """
     candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if isinstance(directions, Factored):
-        usable = _matrices(model, include_embeddings=select is not None)
+        usable = matrices_of(model, include_embeddings=select is not None)
         candidates = {
             name: p
             for name, p in candidates.items()
@@ -43,7 +43,8 @@ def select_parameters(
     return candidates
 
 
-def _matrices(model: nn.Module, *, include_embeddings: bool) -> set[int]:
+def matrices_of(model: nn.Module, *, include_embeddings: bool = False) -> set[int]:
+    """Identities of the weights that low-rank directions can reach."""
     linear, embeddings, routed = set(), set(), set()
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, final
 
@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from ..offload.errors import StoreFormatError
 from .control import apply_controls
-from .dense import DenseTrace
 from .estimate import Member, all_finite
 from .factored import FactoredTrace
 from .log import LogHeader, ReplayLog, StepRecord
 from .members import MemberForward, TrainedMatrix
 from .noise import step_seed
-from .replay import fingerprint, places_of, replay_tensor, trained_shapes
+from .replay import fingerprint, places_of, trained_shapes, updates_of
 from .select import select_parameters
 from .settings import ZOSettings, check_lr, check_record
+from .weights import ResidentWeights, Weights
 
 Objective = Callable[[nn.Module], Any]
 MemberObjective = Callable[[nn.Module, int], Sequence[float]]
@@ -45,32 +45,6 @@ class StepResult:
     record: StepRecord
     loss: float
     """Mean over members: the objective at the smoothed weights."""
-
-
-class _Scratch:
-    """Perturbed copies of the trained weights, made once and reused."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._copies: dict[str, Tensor] = {}
-
-    @contextlib.contextmanager
-    def member(
-        self, traces: Mapping[str, DenseTrace], member: Member, *, seed: int, eps: float
-    ) -> Iterator[None]:
-        """Let the model compute with one member's weights."""
-        stored = {name: parameter.data for name, parameter in self._parameters.items()}
-        try:
-            for name, parameter in self._parameters.items():
-                copy = self._copies.get(name)
-                if copy is None:
-                    copy = self._copies[name] = torch.empty_like(stored[name])
-                traces[name].perturb(copy, stored[name], member, seed=seed, eps=eps)
-                parameter.data = copy
-            yield
-        finally:
-            for name, parameter in self._parameters.items():
-                parameter.data = stored[name]
 
 
 @final
@@ -91,27 +65,48 @@ class ZOStep:
         *,
         log: str | os.PathLike[str] | None = None,
         select: Callable[[str, nn.Parameter], bool] | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self._model = model
         self._settings = settings
-        self._parameters = select_parameters(model, settings.directions, select)
-        shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        if weights is None:
+            weights = ResidentWeights(select_parameters(model, settings.directions, select))
+        elif select is not None:
+            raise ValueError("give select to the weights, not to ZOStep, when weights are given")
+        self._weights = weights
+        shapes = {name: tuple(p.shape) for name, p in weights.parameters.items()}
         places = places_of(shapes, settings.seed)
         self._traces = {name: settings.directions.open(place) for name, place in places.items()}
         self._memories = tuple(control.initial() for control in settings.controls)
-        self._scratch = _Scratch(self._parameters)
+        weights.attach(self._traces)
         self._next_step = 0
         self._skipped = 0
         self._log = None if log is None else ReplayLog.create(log, self.header())
 
     @classmethod
-    def resume(cls, model: nn.Module, log: str | os.PathLike[str]) -> Self:
-        """Bring a model that holds the *base* weights up to date with a log and continue it."""
+    def resume(
+        cls,
+        model: nn.Module,
+        log: str | os.PathLike[str],
+        *,
+        weights: Callable[[Callable[[str, nn.Parameter], bool]], Weights] | None = None,
+    ) -> Self:
+        """Bring a model that holds the *base* weights up to date with a log and continue it.
+
+        ``weights`` makes the weights from a selection, for models that are not resident.
+        """
         opened, records = ReplayLog.open(log)
         try:
             settings = ZOSettings.from_json(opened.header.settings.get("method", {}))
             names = trained_shapes(opened.header)
-            made = cls(model, settings, select=lambda name, _: name in names)
+
+            def select(name: str, _: nn.Parameter) -> bool:
+                return name in names
+
+            if weights is None:
+                made = cls(model, settings, select=select)
+            else:
+                made = cls(model, settings, weights=weights(select))
             found = made.header()
             if (found.base, found.settings) != (opened.header.base, opened.header.settings):
                 raise StoreFormatError(
@@ -143,15 +138,15 @@ class ZOStep:
     @property
     def trained_names(self) -> tuple[str, ...]:
         """Names of the trained parameters."""
-        return tuple(self._parameters)
+        return tuple(self._weights.parameters)
 
     def header(self) -> LogHeader:
         """The log header of a run that starts from the model's present weights."""
         return LogHeader(
-            base=fingerprint(self._parameters.items()),
+            base=fingerprint(self._weights.stored()),
             settings={
                 "method": self._settings.to_json(),
-                "trained": {name: list(p.shape) for name, p in self._parameters.items()},
+                "trained": {name: list(p.shape) for name, p in self._weights.parameters.items()},
             },
             losses=len(self._settings.estimator.members()),
             grads=self._settings.estimator.directions,
@@ -183,26 +178,20 @@ class ZOStep:
     @contextlib.contextmanager
     def evaluating(self, members: Sequence[Member], seed: int) -> Iterator[None]:
         """Let the model compute with the weights of these members (several: low-rank only)."""
-        traces = self._traces
-        dense = {name: trace for name, trace in traces.items() if isinstance(trace, DenseTrace)}
-        factored = {n: trace for n, trace in traces.items() if isinstance(trace, FactoredTrace)}
-        if dense and len(members) != 1:
-            raise ValueError(
-                f"dense directions evaluate one member at a time, got {len(members)}; use step(), "
-                "or low-rank directions"
-            )
+        factored = {
+            name: trace for name, trace in self._traces.items() if isinstance(trace, FactoredTrace)
+        }
+        eps = self._settings.eps
         with contextlib.ExitStack() as stack:
-            if dense and members[0].sign:
-                eps = self._settings.eps
-                stack.enter_context(self._scratch.member(dense, members[0], seed=seed, eps=eps))
+            stack.enter_context(self._weights.evaluating(members, seed=seed, eps=eps))
             if factored:
                 matrices = [
-                    TrainedMatrix(name, self._parameters[name], trace.window(self._next_step))
+                    TrainedMatrix(
+                        name, self._weights.parameters[name], trace.window(self._next_step)
+                    )
                     for name, trace in factored.items()
                 ]
-                stack.enter_context(
-                    MemberForward(matrices, members, seed=seed, eps=self._settings.eps)
-                )
+                stack.enter_context(MemberForward(matrices, members, seed=seed, eps=eps))
             yield
 
     @contextlib.contextmanager
@@ -233,22 +222,23 @@ class ZOStep:
             )
         for record in records:
             self._remember(record.losses, record.eps)
-        for name, parameter in self._parameters.items():
-            replay_tensor(parameter.data, self._traces[name], self._settings, records, name)
+        for name in self._weights.parameters:
+            self._weights.apply(name, updates_of(self._settings, records, name))
         if records:
             self._next_step = records[-1].step + 1
-            self._settle()
+            self._weights.settle(self._next_step)
         self._skipped += sum(record.skipped for record in records)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Yield copies of the trained parameters as they stand, pending updates merged."""
-        for name, parameter in self._parameters.items():
-            copy = parameter.detach().clone()
-            self._traces[name].finish(copy)
+        for name, weight in self._weights.stored():
+            copy = weight.detach().clone()
+            self._weights.finish(name, copy)
             yield name, copy
 
     def close(self) -> None:
-        """Close the log."""
+        """Close the log and let go of the model."""
+        self._weights.close()
         if self._log is not None:
             self._log.close()
 
@@ -282,15 +272,8 @@ class ZOStep:
         return rounded, True
 
     def _apply(self, record: StepRecord) -> None:
-        for name, parameter in self._parameters.items():
-            update = self._settings.update_of(record, name)
-            if update is not None:
-                self._traces[name].apply(parameter.data, [update])
+        for name in self._weights.parameters:
+            self._weights.apply(name, updates_of(self._settings, [record], name))
         self._next_step = record.step + 1
         self._skipped += record.skipped
-        self._settle()
-
-    def _settle(self) -> None:
-        for name, trace in self._traces.items():
-            if isinstance(trace, FactoredTrace):
-                trace.settle(self._parameters[name].data, self._next_step)
+        self._weights.settle(self._next_step)
