@@ -13,6 +13,7 @@ The objective may be any number: a loss, an accuracy, a score of generated text.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, Self, final
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from ..offload.errors import StoreFormatError
@@ -140,6 +142,18 @@ class ZOStep:
         """Names of the trained parameters."""
         return tuple(self._weights.parameters)
 
+    def identity(self) -> str:
+        """32 hex digits of settings, trained names, coming step and stored weights."""
+        header = self.header()
+        text = json.dumps([header.base, header.settings, self._next_step], sort_keys=True)
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """Let a resident model's parameters hold the weights as trained so far, for saving."""
+        with self._weights.merged():
+            yield
+
     def header(self) -> LogHeader:
         """The log header of a run that starts from the model's present weights."""
         return LogHeader(
@@ -154,12 +168,18 @@ class ZOStep:
 
     def step(self, objective: Objective, *, batch: int = 0, lr: float | None = None) -> StepResult:
         """Evaluate the objective for every member, one forward after the other, and update."""
+        members = range(len(self._settings.estimator.members()))
+        return self.finish_step(self.losses_of(objective, members), batch=batch, lr=lr)
+
+    def losses_of(self, objective: Objective, members: Sequence[int]) -> list[float]:
+        """The objective for some members of the coming step, by their index."""
         seed = step_seed(self._settings.seed, self._next_step)
+        known = self._settings.estimator.members()
         losses = []
-        for member in self._settings.estimator.members():
-            with torch.no_grad(), self.evaluating([member], seed):
+        for index in members:
+            with torch.no_grad(), self.evaluating([known[index]], seed):
                 losses.append(float(objective(self._model)))
-        return self.finish_step(losses, batch=batch, lr=lr)
+        return losses
 
     def step_together(
         self, objective: MemberObjective, *, batch: int = 0, lr: float | None = None

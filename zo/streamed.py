@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, final
 
 import torch
@@ -160,6 +161,12 @@ class StreamedWeights(Weights):
     def finish(self, name: str, weight: Tensor) -> None:
         self._histories[name].bring_up(weight, self._traces[name], (0, 0))
         self._traces[name].finish(weight)
+
+    def merged(self) -> AbstractContextManager[None]:
+        raise ValueError(
+            "a streamed model never holds all of its weights; write ZOStep.export() to a folder, "
+            "or replay the log onto the base"
+        )
 
     def _retire(self, name: str, step: int) -> None:
         trace = self._traces[name]

@@ -57,6 +57,10 @@ class Weights(ABC):
         """Turn a copy from ``stored`` into the weight as trained so far."""
 
     @abstractmethod
+    def merged(self) -> AbstractContextManager[None]:
+        """Let the parameters hold the weights as trained so far."""
+
+    @abstractmethod
     def close(self) -> None:
         """Let go of the model."""
 
@@ -115,6 +119,19 @@ class ResidentWeights(Weights):
 
     def finish(self, name: str, weight: Tensor) -> None:
         self._traces[name].finish(weight)
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        stored = {name: parameter.data for name, parameter in self._parameters.items()}
+        try:
+            for name, weight in stored.items():
+                copy = weight.clone()
+                self._traces[name].finish(copy)
+                self._parameters[name].data = copy
+            yield
+        finally:
+            for name, weight in stored.items():
+                self._parameters[name].data = weight
 
     def close(self) -> None:
         self._copies.clear()

@@ -1,0 +1,125 @@
+"""``ZOTrainer`` against a loop of ``ZOStep``, with scheduler, evaluation and saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from headrace.zo.log import read_log
+from headrace.zo.lowrank import LowRank
+from headrace.zo.one_sided import OneSided
+from headrace.zo.settings import ZOSettings
+from headrace.zo.trainer import ZOTrainer
+
+METHODS = {
+    "mezo": ZOSettings(),
+    "low rank": ZOSettings(estimator=OneSided(4), directions=LowRank(4, steps=3)),
+}
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attention_dropout=0.5,
+        )
+    )
+
+
+def rows(count: int = 16) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 64, (count, 12), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        **{
+            "max_steps": 8,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        | changes,
+    )
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_trains_logs_schedules_evaluates_and_saves(method: str, tmp_path: Path) -> None:
+    model = llama()
+    trainer = ZOTrainer(
+        model=model,
+        args=arguments(tmp_path / "out"),
+        train_dataset=rows(),
+        eval_dataset=rows(4),
+        settings=METHODS[method],
+        log=tmp_path / "zolog",
+    )
+    trainer.train()
+    _, records = read_log(tmp_path / "zolog")
+    assert [record.step for record in records] == list(range(8))
+    assert [record.lr for record in records] == pytest.approx(
+        [1e-3 * (1 - step / 8) for step in range(8)]
+    )
+    assert all(p.grad is None for p in model.parameters())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    means = [sum(record.losses) / len(record.losses) for record in records]
+    assert losses == pytest.approx(means, abs=1e-3)
+
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    for name, tensor in trainer.zo.export():
+        assert torch.equal(dict(saved.named_parameters())[name], tensor), name
+    batch = {key: torch.stack([row[key] for row in rows(4)]) for key in ("input_ids", "labels")}
+    with torch.no_grad():
+        assert float(saved(**batch).loss) == pytest.approx(evaluated, abs=1e-4)
+
+
+def test_any_objective(tmp_path: Path) -> None:
+    def errors(model: nn.Module, inputs: dict[str, Any]) -> float:
+        logits = model(input_ids=inputs["input_ids"]).logits
+        return float((logits[:, :-1].argmax(-1) != inputs["labels"][:, 1:]).sum())
+
+    trainer = ZOTrainer(
+        model=llama(),
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=rows(),
+        settings=METHODS["mezo"],
+        objective=errors,
+        log=tmp_path / "zolog",
+    )
+    trainer.train()
+    _, records = read_log(tmp_path / "zolog")
+    assert all(loss == int(loss) for record in records for loss in record.losses)
+
+
+def test_what_cannot_be_honoured_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=1"):
+        ZOTrainer(
+            model=llama(),
+            args=arguments(tmp_path, gradient_accumulation_steps=2),
+            train_dataset=rows(),
+            settings=METHODS["mezo"],
+        )
+    trainer = ZOTrainer(
+        model=llama(), args=arguments(tmp_path), train_dataset=rows(), settings=METHODS["mezo"]
+    )
+    with pytest.raises(ValueError, match=r"ZOStep\.resume"):
+        trainer.train(resume_from_checkpoint=True)

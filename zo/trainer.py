@@ -1,0 +1,104 @@
+"""``ZOTrainer``: the Hugging Face Trainer with its training step replaced by forwards.
+
+Schedulers, logging, callbacks, evaluation and saving stay the Trainer's own.  No gradient ever
+exists.  ``args.learning_rate`` and its schedule are the step sizes; ``settings.lr`` is not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .settings import ZOSettings
+from .step import ZOStep
+
+Metric = Callable[[nn.Module, dict[str, Any]], float]
+
+
+@final
+class ZOTrainer(Trainer):
+    """Trains by zeroth-order steps; everything else is a ``Trainer``.
+
+    ``settings``: the method.  ``log``: path of the replay log (must not exist).  ``objective``:
+    ``(model, inputs) -> float`` to minimise, differentiable or not; by default the Trainer's own
+    loss.  ``select``: which parameters train (see ``ZOStep``).
+
+    Dropout is off while members are evaluated, as the comparison of their losses demands.  Refuses
+    gradient accumulation (use larger batches) and ``resume_from_checkpoint`` (the log with the base
+    model is the checkpoint: ``ZOStep.resume``).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        settings: ZOSettings,
+        log: str | os.PathLike[str] | None = None,
+        objective: Metric | None = None,
+        select: Callable[[str, nn.Parameter], bool] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "zeroth-order steps have no gradients to accumulate: set "
+                "gradient_accumulation_steps=1 and raise per_device_train_batch_size (got "
+                f"{self.args.gradient_accumulation_steps})"
+            )
+        self._objective = objective
+        self.zo = ZOStep(self.model, settings, log=log, select=select)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """An optimizer that carries the learning rate for schedulers and finds no gradients."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.SGD(
+                [torch.zeros((), requires_grad=True)], lr=self.args.learning_rate
+            )
+        return self.optimizer
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train; resuming is the log's business."""
+        if resume_from_checkpoint:
+            raise ValueError(
+                "resume_from_checkpoint would start from changed weights; load the base model and "
+                "call ZOStep.resume(model, log)"
+            )
+        return super().train(**kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One zeroth-order step; returns the mean loss over its members."""
+        prepared = self._prepare_inputs(inputs)
+        was_training = model.training
+        model.eval()
+
+        def loss(_: nn.Module) -> float:
+            if self._objective is not None:
+                return float(self._objective(model, prepared))
+            with self.compute_loss_context_manager():
+                return float(
+                    self.compute_loss(model, prepared, num_items_in_batch=num_items_in_batch)
+                )
+
+        try:
+            result = self.zo.step(loss, batch=self.state.global_step, lr=self._get_learning_rate())
+        finally:
+            model.train(was_training)
+        return torch.tensor(result.loss, device=self.args.device)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate with pending low-rank updates."""
+        with self.zo.current():
+            return super().prediction_step(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the weights as trained so far."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.zo.merged())
+            super().save_model(*args, **kwargs)
