@@ -446,7 +446,12 @@ class Training:
             self.last_grad_norm = optimizer.last_grad_norm = float(
                 self.clip_grad_norm_(optimizer.max_grad_norm)
             )
-        done = updates.finish_step(self._take_factors(), self._commit_with(self._record()))
+        others = optimizer.resident_gradients()
+        done = updates.finish_step(
+            self._take_factors(),
+            self._commit_with(self._record()),
+            others_finite=all(bool(g.isfinite().all()) for g in others),
+        )
         runtime.end_step()
         return done
 

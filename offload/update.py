@@ -259,12 +259,17 @@ class Updates:
             self._norms.update(gradient.norms)
 
     def finish_step(
-        self, factors: Mapping[str, Tensor | float], commit: Callable[[], Transfer] | None
+        self,
+        factors: Mapping[str, Tensor | float],
+        commit: Callable[[], Transfer] | None,
+        *,
+        others_finite: bool,
     ) -> bool:
         """End a step: apply what waits (now or during the next forward); False: it was skipped.
 
         ``factors`` multiply gradients (clipping), by parameter name.  ``commit`` is called once
-        all updates of the step are in the store.
+        all updates of the step are in the store.  ``others_finite``: whether the gradients that
+        are not streamed are finite; a step is skipped as a whole.
         """
         if factors and self._early:
             raise HeadraceError(
@@ -277,7 +282,7 @@ class Updates:
         self._finish_previous()
         self._collect_norms()
         assert self.gradients is not None
-        if not self._all_finite():
+        if not (others_finite and self._all_finite()):
             self._skip()
             return False
         if not self._early:
