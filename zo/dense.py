@@ -19,11 +19,13 @@ class Dense(Directions):
     """Independent noise for every element; updates are written to the weights every step.
 
     ``kind`` Gaussian is MeZO.  Each member needs perturbed weights of its own, so a step costs its
-    forwards plus about two passes of noise a direction.
+    forwards plus about two passes of noise a direction.  ``minimum`` is a floor that updates
+    respect (0 for scales of quantised weights).
     """
 
     kind: Kind = Kind.GAUSSIAN
     rounding: Rounding = Rounding.NEAREST
+    minimum: float | None = None
 
     def open(self, place: Place) -> DenseTrace:
         return DenseTrace(self, place)
@@ -70,14 +72,20 @@ class DenseTrace(Trace):
 
     def apply_range(self, weight: Tensor, updates: list[StepUpdate], *, start: int) -> None:
         """``apply`` on a contiguous range of the parameter that starts at element ``start``."""
-        apply_update(
-            weight,
-            updates,
-            kind=self._directions.kind,
-            stream=self._place.stream,
-            start=start,
-            rounding=self._directions.rounding,
-        )
+        floor = self._directions.minimum
+        # A floor acts between steps, so that they cannot be fused into one pass.
+        runs = [updates] if floor is None else [[update] for update in updates]
+        for run in runs:
+            apply_update(
+                weight,
+                run,
+                kind=self._directions.kind,
+                stream=self._place.stream,
+                start=start,
+                rounding=self._directions.rounding,
+            )
+            if floor is not None:
+                weight.detach().clamp_(min=floor)
 
     def finish(self, weight: Tensor) -> None:
         """Nothing is held back."""

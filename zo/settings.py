@@ -152,7 +152,12 @@ def _decode(value: Any) -> Any:
         raise StoreFormatError(f"the log's settings of {name} are refused: {error}") from error
 
 
-_SIMPLE = {"int": (int,), "float": (int, float), "Baseline": (str,)}
+_SIMPLE = {
+    "int": (int,),
+    "float": (int, float),
+    "Baseline": (str,),
+    "float | None": (int, float, type(None)),
+}
 _ABSTRACT = {
     "Estimator": Estimator,
     "Directions": Directions,

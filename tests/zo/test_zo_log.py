@@ -172,7 +172,7 @@ HOSTILE_SETTINGS = {
     "controls hold an estimator": METHOD | {"controls": [{"brick": "TwoPoint", "count": 1}]},
     "too many directions": METHOD | {"estimator": {"brick": "TwoPoint", "count": 10**9}},
     "unknown kind": METHOD
-    | {"directions": {"brick": "Dense", "kind": "evil", "rounding": "nearest"}},
+    | {"directions": {"brick": "Dense", "kind": "evil", "rounding": "nearest", "minimum": None}},
 }
 
 
