@@ -224,7 +224,7 @@ def _attach(
     engine.check_budgets()
     sizes = sorted((c.layout.nbytes for c in engine.chunks.values()), reverse=True)
     device_reserve = sum(sizes[:2]) + (sum(sizes[:2]) if trainable else 0)
-    workspace = Workspace(engine, expected_bytes=min(tile_bytes + sizes[0], device_bytes // 2))
+    workspace = Workspace(engine, expected_bytes=tile_bytes + sizes[0])
     runtime = Runtime(
         engine=engine,
         host_budget=host_budget,

@@ -160,16 +160,18 @@ def budgets_for(setting: Setting, folder: Path, device: str, store: Path) -> tup
         runtime = base._runtime
         sizes = sorted((c.layout.nbytes for c in runtime.engine.chunks.values()), reverse=True)
         gradients = 0 if setting.method == "lora" else sum(sizes[:2])
+        in_shards = max(c.backing.host_nbytes for c in runtime.engine.chunks.values())
         device_bytes = runtime.workspace.nbytes + gradients + sizes[0] * 9 // 8
     finally:
         base.close()
         shutil.rmtree(store)
     if setting.placement == "host":
         return device_bytes, BIG_BYTES
+    if setting.method == "lora":
+        return device_bytes, 2 * in_shards
     # Two weights and two gradients, and two tiles of states (per weight: master and moments).
     states = {"fp32": 2, "bf16-fp32": 6, "bf16-split": 5, "bf16-sr": 4}[setting.precision]
-    host = sizes[0] * (2 if setting.method == "lora" else 5 + 2 * states)
-    return device_bytes, host
+    return device_bytes, sizes[0] * (5 + 2 * states)
 
 
 def streamed_run(
