@@ -88,9 +88,7 @@ def make_folder(family: str, folder: Path, dtype: torch.dtype = torch.float32) -
 def batches(count: int, *, rows: int = 4, tokens: int = 12) -> list[Tensor]:
     """Deterministic token ids; every batch repeats some tokens."""
     generator = torch.Generator().manual_seed(11)
-    return [
-        torch.randint(3, VOCABULARY, (rows, tokens), generator=generator) for _ in range(count)
-    ]
+    return [torch.randint(3, VOCABULARY, (rows, tokens), generator=generator) for _ in range(count)]
 
 
 def resident_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
