@@ -25,7 +25,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     lines = []
     for name, tensor in tensors:
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        digest = xxhash.xxh3_128_hexdigest(data)
+        digest = xxhash.xxh3_128_hexdigest(data.data)
         lines.append(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0{digest}")
     return xxhash.xxh3_128_hexdigest("\n".join(sorted(lines)).encode())
 

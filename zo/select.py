@@ -45,7 +45,9 @@ def select_parameters(
 
 def matrices_of(model: nn.Module, *, include_embeddings: bool = False) -> set[int]:
     """Identities of the weights that low-rank directions can reach."""
-    linear, embeddings, routed = set(), set(), set()
+    linear: set[int] = set()
+    embeddings: set[int] = set()
+    routed: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             (routed if "experts" in path.split(".") else linear).add(id(module.weight))

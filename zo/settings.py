@@ -131,7 +131,7 @@ def _decode(value: Any) -> Any:
         return value
     name = value.get("brick")
     kind = _bricks().get(name) if isinstance(name, str) else None
-    if kind is None:
+    if not isinstance(name, str) or kind is None:
         raise StoreFormatError(
             f"the log's settings name {name!r}, which this version does not know"
         )

@@ -51,6 +51,8 @@ class ZOTrainer(Trainer):
                 f"{self.args.gradient_accumulation_steps})"
             )
         self._objective = objective
+        if not isinstance(self.model, nn.Module):
+            raise ValueError("ZOTrainer needs model= or model_init=")
         self.zo = ZOStep(self.model, settings, log=log, select=select)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -61,14 +63,19 @@ class ZOTrainer(Trainer):
             )
         return self.optimizer
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """Train; resuming is the log's business."""
         if resume_from_checkpoint:
             raise ValueError(
                 "resume_from_checkpoint would start from changed weights; load the base model and "
                 "call ZOStep.resume(model, log)"
             )
-        return super().train(**kwargs)
+        return super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -78,16 +85,17 @@ class ZOTrainer(Trainer):
         was_training = model.training
         model.eval()
 
-        def loss(_: nn.Module) -> float:
+        def evaluate(_: nn.Module) -> float:
             if self._objective is not None:
                 return float(self._objective(model, prepared))
             with self.compute_loss_context_manager():
-                return float(
-                    self.compute_loss(model, prepared, num_items_in_batch=num_items_in_batch)
-                )
+                loss = self.compute_loss(model, prepared, num_items_in_batch=num_items_in_batch)
+            return float(loss[0] if isinstance(loss, tuple) else loss)
 
         try:
-            result = self.zo.step(loss, batch=self.state.global_step, lr=self._get_learning_rate())
+            result = self.zo.step(
+                evaluate, batch=self.state.global_step, lr=self._get_learning_rate()
+            )
         finally:
             model.train(was_training)
         return torch.tensor(result.loss, device=self.args.device)
