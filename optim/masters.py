@@ -154,8 +154,9 @@ def untie(value: Tensor) -> Tensor:
 
 def check_master(name: str) -> MasterName:
     """Return the name if it is that of a master format, else raise."""
-    if name == "fp32" or name == "split" or name == "sr":
-        return name
+    known: dict[str, MasterName] = {"fp32": "fp32", "split": "split", "sr": "sr"}
+    if name in known:
+        return known[name]
     raise ValueError(f"master={name!r} is unknown; choose 'fp32', 'split' or 'sr'")
 
 

@@ -34,7 +34,7 @@ from .bits import (
 )
 
 
-@njit(inline="always", **KERNEL_OPTIONS)
+@njit(**KERNEL_OPTIONS)
 def adam_root_step(g: Any, m: Any, v: Any, p: Any, scalars: Any) -> Any:
     """Return (m, v, p, sqrt(v)) after one step on one element; g is fp32."""
     lr, decay, b1, b2, o1, o2, c1, c2, eps, sign = scalars
@@ -46,7 +46,7 @@ def adam_root_step(g: Any, m: Any, v: Any, p: Any, scalars: Any) -> Any:
     return m, v, F32(F32(p * decay) - F32(lr * d)), root
 
 
-@njit(inline="always", **KERNEL_OPTIONS)
+@njit(**KERNEL_OPTIONS)
 def adam_step(g: Any, m: Any, v: Any, p: Any, scalars: Any) -> Any:
     """Return (m, v, p) after one step on one element; g is fp32."""
     m, v, p, _ = adam_root_step(g, m, v, p, scalars)

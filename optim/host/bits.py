@@ -48,8 +48,7 @@ def host_view(tensor: Tensor) -> np.ndarray:
     return flat.numpy()
 
 
-@intrinsic
-def float_bits(typing_context: Any, value: Any) -> Any:
+def _float_bits(typing_context: Any, value: Any) -> Any:
     """Reinterpret a float32 as uint32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -58,8 +57,7 @@ def float_bits(typing_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
-@intrinsic
-def bits_float(typing_context: Any, value: Any) -> Any:
+def _bits_float(typing_context: Any, value: Any) -> Any:
     """Reinterpret a uint32 as float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -68,16 +66,21 @@ def bits_float(typing_context: Any, value: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
-@njit(inline="always", **KERNEL_OPTIONS)
-def bf16_nearest(bits: int) -> int:
+#: Compiled code calls these with one argument, a float32 and a uint32.
+float_bits: Any = intrinsic(_float_bits)
+bits_float: Any = intrinsic(_bits_float)
+
+
+@njit(**KERNEL_OPTIONS)
+def bf16_nearest(bits: Any) -> Any:
     """Round fp32 bits to bf16 bits, ties to even; every NaN stays a NaN."""
     rounded = U32(bits + U32(0x7FFF) + (U32(bits >> U32(16)) & U32(1))) >> U32(16)
     quiet = U32(bits >> U32(16)) | U32(0x40)
     return U32(rounded) if U32(bits & U32(0x7FFFFFFF)) <= U32(0x7F800000) else U32(quiet)
 
 
-@njit(inline="always", **KERNEL_OPTIONS)
-def untie(bits: int) -> int:
+@njit(**KERNEL_OPTIONS)
+def untie(bits: Any) -> Any:
     """Move a master that lies half way beyond an even bf16 number towards it by one fp32 unit.
 
     65537 fp32 numbers round to one even bf16 number, one more than 16 bits can tell apart.  All
@@ -86,8 +89,8 @@ def untie(bits: int) -> int:
     return U32(bits - U32(1)) if U32(bits & U32(0x1FFFF)) == U32(0x8000) else U32(bits)
 
 
-@njit(inline="always", **KERNEL_OPTIONS)
-def mix32(x: int) -> int:
+@njit(**KERNEL_OPTIONS)
+def mix32(x: Any) -> Any:
     """The two-multiply 32-bit finaliser that ``quant.rounding`` uses, bit for bit."""
     x = U32(x ^ U32(x >> U32(16)))
     x = U32(x * U32(0x7FEB352D))
@@ -96,8 +99,8 @@ def mix32(x: int) -> int:
     return U32(x ^ U32(x >> U32(16)))
 
 
-@njit(inline="always", **KERNEL_OPTIONS)
-def bf16_stochastic(bits: int, index_low: int, low_key: int, high_word: int) -> int:
+@njit(**KERNEL_OPTIONS)
+def bf16_stochastic(bits: Any, index_low: Any, low_key: Any, high_word: Any) -> Any:
     """Round fp32 bits to bf16 bits by adding 16 random bits of the element's own counter."""
     noise = mix32(U32(mix32(U32(index_low ^ low_key)) ^ high_word))
     rounded = U32(bits + U32(noise & U32(0xFFFF))) >> U32(16)
@@ -108,8 +111,8 @@ def bf16_stochastic(bits: int, index_low: int, low_key: int, high_word: int) -> 
     return U32(rounded) if magnitude < U32(0x7F800000) else special
 
 
-@njit(inline="always", **KERNEL_OPTIONS)
-def half_to_float(half: int) -> float:
+@njit(**KERNEL_OPTIONS)
+def half_to_float(half: Any) -> Any:
     """Widen fp16 bits exactly, subnormals, infinities and NaN included."""
     magnitude = U32(U32(half & U32(0x7FFF)) << U32(13))
     # 2**112 moves the exponent bias from 15 to 127; exact for subnormals too.
@@ -120,8 +123,8 @@ def half_to_float(half: int) -> float:
     return bits_float(U32(widened | U32(U32(half & U32(0x8000)) << U32(16))))
 
 
-@njit(inline="always", **KERNEL_OPTIONS)
-def float_to_half(value: float) -> int:
+@njit(**KERNEL_OPTIONS)
+def float_to_half(value: Any) -> Any:
     """Round fp32 to fp16 bits, ties to even; overflow gives infinity, NaN stays NaN."""
     bits = float_bits(value)
     sign = U32(U32(bits >> U32(16)) & U32(0x8000))
@@ -136,22 +139,22 @@ def float_to_half(value: float) -> int:
     return U32(half | sign)
 
 
-def load(values: Any, i: int) -> float:
+def load(values: Any, i: Any) -> Any:
     """Return element ``i`` of a tagged array as fp32 (compiled code only)."""
     raise TypeError("load() exists in compiled kernels only")
 
 
-def store(values: Any, i: int, value: float) -> None:
+def store(values: Any, i: Any, value: Any) -> None:
     """Round an fp32 value to nearest into element ``i`` of a tagged array (compiled code only)."""
     raise TypeError("store() exists in compiled kernels only")
 
 
-def settle(values: Any, i: int, master: float) -> float:
+def settle(values: Any, i: Any, master: Any) -> Any:
     """Round a master into weight ``i``; return the master as kept (compiled code only)."""
     raise TypeError("settle() exists in compiled kernels only")
 
 
-@overload(load, inline="always", strict=False)
+@overload(load, strict=False)
 def _load(values: Any, i: Any) -> Callable[..., Any] | None:
     if values.dtype == types.int16:
         return lambda values, i: bits_float(U32(U32(U16(values[i])) << U32(16)))
@@ -162,7 +165,7 @@ def _load(values: Any, i: Any) -> Callable[..., Any] | None:
     return None
 
 
-@overload(store, inline="always", strict=False)
+@overload(store, strict=False)
 def _store(values: Any, i: Any, value: Any) -> Callable[..., Any] | None:
     if values.dtype == types.int16:
 
@@ -185,7 +188,7 @@ def _store(values: Any, i: Any, value: Any) -> Callable[..., Any] | None:
     return None
 
 
-@overload(settle, inline="always", strict=False)
+@overload(settle, strict=False)
 def _settle(values: Any, i: Any, master: Any) -> Callable[..., Any] | None:
     if values.dtype == types.int16:
 

@@ -46,8 +46,8 @@ def decode_positive(codes: Any, scales: Any, out: Any) -> None:
             into[j] = F32(F32(r * r) * scale)
 
 
-@njit(inline="always", **KERNEL_OPTIONS)
-def largest(row: Any) -> float:
+@njit(**KERNEL_OPTIONS)
+def largest(row: Any) -> Any:
     """Return the largest magnitude of a block; NaN if any value is not finite."""
     worst = I32(0)
     for j in range(BLOCK):

@@ -11,12 +11,12 @@ from numba.extending import overload
 from .bits import I32, KERNEL_OPTIONS, U32, float_bits
 
 
-def exponent_excess(values: Any, i: int) -> int:
+def exponent_excess(values: Any, i: Any) -> Any:
     """Return a non-negative number for infinities and NaN, else a negative one (compiled only)."""
     raise TypeError("exponent_excess() exists in compiled kernels only")
 
 
-@overload(exponent_excess, inline="always", strict=False)
+@overload(exponent_excess, strict=False)
 def _exponent_excess(values: Any, i: Any) -> Callable[..., Any] | None:
     if values.dtype == types.int16:
         return lambda values, i: I32(I32(values[i]) & I32(0x7FFF)) - I32(0x7F80)
@@ -28,7 +28,7 @@ def _exponent_excess(values: Any, i: Any) -> Callable[..., Any] | None:
 
 
 @njit(**KERNEL_OPTIONS)
-def all_finite(values: Any) -> bool:
+def all_finite(values: Any) -> Any:
     """Return whether a tagged flat array holds neither infinities nor NaN."""
     worst = I32(-1)
     for i in range(values.shape[0]):

@@ -34,19 +34,19 @@ def no_extra() -> np.ndarray:
     return np.empty(0, dtype=np.uint8)
 
 
-def read_master(weight: Any, extra: Any, i: int) -> float:
+def read_master(weight: Any, extra: Any, i: Any) -> Any:
     """Return the fp32 master of element ``i`` (compiled code only)."""
     raise TypeError("read_master() exists in compiled kernels only")
 
 
 def write_master(
-    weight: Any, extra: Any, i: int, value: float, index: int, low_key: int, high_word: int
+    weight: Any, extra: Any, i: Any, value: Any, index: Any, low_key: Any, high_word: Any
 ) -> None:
     """Set master and weight of element ``i``; ``index`` is its counter (compiled code only)."""
     raise TypeError("write_master() exists in compiled kernels only")
 
 
-@overload(read_master, inline="always", strict=False)
+@overload(read_master, strict=False)
 def _read(weight: Any, extra: Any, i: Any) -> Callable[..., Any] | None:
     if weight.dtype == types.float32:
         return lambda weight, extra, i: weight[i]
@@ -59,7 +59,7 @@ def _read(weight: Any, extra: Any, i: Any) -> Callable[..., Any] | None:
     return lambda weight, extra, i: load(weight, i)
 
 
-@overload(write_master, inline="always", strict=False)
+@overload(write_master, strict=False)
 def _write(
     weight: Any, extra: Any, i: Any, value: Any, index: Any, low_key: Any, high_word: Any
 ) -> Callable[..., Any] | None:

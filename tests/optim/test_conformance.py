@@ -106,8 +106,7 @@ def optimizer_of(parameters, rule, **kwargs):
     return RuleOptimizer(parameters, lambda info, group: rule, HYPER, threads=1, **kwargs)
 
 
-@pytest.mark.parametrize("encoding", encodings())
-@pytest.mark.parametrize("name", BRICKS)
+@pytest.mark.parametrize(("name", "encoding"), PAIRS)
 def test_every_combination_resumes_bit_exactly_and_keeps_its_declared_states(name, encoding):
     """Four steps straight equal two steps, a save through a file, and two more."""
     # Encodings and masters do not touch each other's states: all masters once, then two of them.
