@@ -42,8 +42,8 @@ class Window(ABC):
         """L: fp32 [p, k], the updates since the window began; None before the first one."""
 
     @abstractmethod
-    def direction(self, seed: int, index: int) -> Tensor:
-        """A: fp32 [p, k] of one direction of the step with this seed."""
+    def directions(self, seed: int) -> Tensor:
+        """A of every direction of the step with this seed: fp32 [directions, p, k]."""
 
     @abstractmethod
     def accumulate(self, update: StepUpdate) -> None:

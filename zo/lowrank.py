@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .directions import Place
 from .factored import Factored, Window
-from .noise import Factor, Kind, noise
+from .noise import Factor, Kind, noise, noise_of_directions
 from .perturb import StepUpdate
 
 
@@ -87,29 +87,29 @@ class LowRankWindow(Window):
     def left(self) -> Tensor | None:
         return self._left
 
-    def direction(self, seed: int, index: int) -> Tensor:
-        whole = torch.zeros(self._place.shape[0], self._right.shape[1])
-        whole[:, self._columns(index)] = self._fresh(seed, index)
-        return whole
+    def directions(self, seed: int) -> Tensor:
+        fresh = self._fresh(seed)
+        count, rows, rank = fresh.shape
+        whole = torch.zeros(count, rows, count, rank)
+        # Direction i fills column block i, and no other.
+        whole.diagonal(dim1=0, dim2=2).copy_(fresh.permute(1, 2, 0))
+        return whole.view(count, rows, count * rank)
 
     def accumulate(self, update: StepUpdate) -> None:
         if self._left is None:
             self._left = torch.zeros(self._place.shape[0], self._right.shape[1])
-        for index, scale in enumerate(update.scales):
-            step = self._fresh(update.seed, index) * float(np.float32(scale))
-            self._left[:, self._columns(index)] -= step
+        steps = self._fresh(update.seed)
+        steps *= torch.tensor(np.array(update.scales, dtype=np.float32))[:, None, None]
+        # [directions, p, r] to the column blocks of [p, directions * r].
+        self._left -= steps.transpose(0, 1).reshape(self._left.shape)
 
-    def _columns(self, index: int) -> slice:
-        return slice(index * self._directions.rank, (index + 1) * self._directions.rank)
-
-    def _fresh(self, seed: int, index: int) -> Tensor:
+    def _fresh(self, seed: int) -> Tensor:
         rows, rank = self._place.shape[0], self._directions.rank
-        made = noise(
+        made = noise_of_directions(
             self._directions.kind,
             seed=seed,
             stream=self._place.stream ^ Factor.LEFT,
-            direction=index,
-            start=0,
+            directions=self._directions.directions,
             count=rows * rank,
         )
-        return made.view(rows, rank) * self._scale
+        return made.view(-1, rows, rank).mul_(self._scale)

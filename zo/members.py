@@ -45,7 +45,8 @@ class MemberForward(TorchFunctionMode):
         self._matrices: Mapping[int, TrainedMatrix] = {id(m.weight): m for m in matrices}
         self._members = tuple(members)
         self._seed = seed
-        self._eps = eps
+        self._steps = torch.tensor([eps * member.sign for member in members])[:, None, None]
+        self._order = [member.direction for member in members]
 
     def __torch_function__(
         self,
@@ -67,17 +68,13 @@ class MemberForward(TorchFunctionMode):
     def lefts(self, matrix: TrainedMatrix) -> Tensor | None:
         """``L + sign eps A`` of all members: fp32 [members, p, k]; None if all of them are zero."""
         pending = matrix.window.left
-        if pending is None and not any(member.sign for member in self._members):
-            return None
-        rows, width = matrix.weight.shape[0], matrix.window.right.shape[1]
-        stack = torch.zeros(len(self._members), rows, width)
-        for target, member in zip(stack, self._members, strict=True):
-            if pending is not None:
-                target.copy_(pending)
-            if member.sign:
-                direction = matrix.window.direction(self._seed, member.direction)
-                target.add_(direction, alpha=member.sign * self._eps)
-        return stack
+        if not any(member.sign for member in self._members):
+            return None if pending is None else pending.expand(len(self._members), -1, -1)
+        stack = matrix.window.directions(self._seed)
+        if self._order != list(range(len(stack))):
+            stack = stack[self._order]
+        stack *= self._steps
+        return stack if pending is None else stack.add_(pending)
 
     def _after_linear(self, output: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
         matrix = self._matrices.get(id(weight))

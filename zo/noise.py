@@ -153,6 +153,19 @@ def noise(
     return flat
 
 
+def noise_of_directions(
+    kind: Kind, *, seed: int, stream: int, directions: int, count: int
+) -> Tensor:
+    """The first ``count`` elements of directions 0, 1, ...: fp32 [directions, count], on the host.
+
+    One call for what ``noise`` gives direction by direction; small factors need many.
+    """
+    check_seed(seed)
+    out = torch.empty(directions, count, dtype=torch.float32)
+    noise_kernels.fill_directions(out.numpy(), noise_kernels.KIND_CODES[kind.value], seed, stream)
+    return out
+
+
 def reference_noise(
     kind: Kind,
     *,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .directions import Place
 from .factored import Factored, Window
-from .noise import Factor, Kind, noise
+from .noise import Factor, Kind, noise, noise_of_directions
 from .perturb import StepUpdate
 
 
@@ -45,13 +45,16 @@ class RandomSubspace(Factored):
     ``adam=None`` is plain descent.  Matrices smaller than ``rank`` use the rank they have.
     """
 
+    directions: int
     rank: int = 24
     steps: int = 50
     adam: CoreAdam | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be positive, got {self.rank}")
+        if self.directions < 1 or self.rank < 1:
+            raise ValueError(
+                f"directions and rank must be positive, got {self.directions} and {self.rank}"
+            )
 
     @property
     def window_steps(self) -> int:
@@ -59,6 +62,14 @@ class RandomSubspace(Factored):
 
     def open_window(self, place: Place, seed: int) -> SubspaceWindow:
         return SubspaceWindow(self, place, seed)
+
+    def check(self, *, directions: int, weight_decay: float) -> None:
+        Factored.check(self, directions=directions, weight_decay=weight_decay)
+        if directions != self.directions:
+            raise ValueError(
+                f"RandomSubspace has {self.directions} directions, the estimator probes "
+                f"{directions}; give both the same number"
+            )
 
 
 @final
@@ -68,6 +79,7 @@ class SubspaceWindow(Window):
     def __init__(self, directions: RandomSubspace, place: Place, seed: int) -> None:
         self._place = place
         self._adam = directions.adam
+        self._count = directions.directions
         rows, columns = place.shape
         self._rank = min(directions.rank, rows, columns)
         self._left_basis = _haar(rows, self._rank, seed, place.stream ^ Factor.LEFT)
@@ -85,13 +97,14 @@ class SubspaceWindow(Window):
     def left(self) -> Tensor | None:
         return None if self._core is None else self._lift(self._core)
 
-    def direction(self, seed: int, index: int) -> Tensor:
-        return self._lift(self._coordinates(seed, index) * self._scale)
+    def directions(self, seed: int) -> Tensor:
+        return self._lift(self._coordinates(seed) * self._scale)
 
     def accumulate(self, update: StepUpdate) -> None:
         total = torch.zeros(self._rank, self._rank, dtype=torch.float64)
-        for index, grad in enumerate(update.grads):
-            total += self._coordinates(update.seed, index) * (grad / len(update.grads))
+        coordinates = self._coordinates(update.seed)
+        for one, grad in zip(coordinates, update.grads, strict=True):
+            total += one * (grad / len(update.grads))
         if self._core is None:
             self._core = torch.zeros(self._rank, self._rank, dtype=torch.float64)
         self._updates += 1
@@ -105,16 +118,15 @@ class SubspaceWindow(Window):
         second = second / (1 - self._adam.beta2**self._updates)
         self._core -= update.lr * (first / (second.sqrt() + self._adam.eps))
 
-    def _coordinates(self, seed: int, index: int) -> Tensor:
-        made = noise(
+    def _coordinates(self, seed: int) -> Tensor:
+        made = noise_of_directions(
             Kind.GAUSSIAN,
             seed=seed,
             stream=self._place.stream ^ Factor.CORE,
-            direction=index,
-            start=0,
+            directions=self._count,
             count=self._rank**2,
         )
-        return made.view(self._rank, self._rank).double()
+        return made.view(-1, self._rank, self._rank).double()
 
     def _lift(self, core: Tensor) -> Tensor:
         return (self._left_basis.double() @ core).float()

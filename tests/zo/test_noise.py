@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.zo import philox
-from headrace.zo.noise import Factor, Kind, assign_streams, noise, reference_noise, step_seed
+from headrace.zo.noise import (
+    Factor,
+    Kind,
+    assign_streams,
+    noise,
+    noise_of_directions,
+    reference_noise,
+    step_seed,
+)
 
 KINDS = list(Kind)
 
@@ -142,6 +150,14 @@ def test_gaussian_tail_and_distribution() -> None:
     cdf = torch.special.ndtr(ordered)
     steps = (torch.arange(z.numel(), dtype=torch.float64) + 0.5) / z.numel()
     assert (cdf - steps).abs().max() < 2 / z.numel() ** 0.5  # Kolmogorov-Smirnov
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_directions_in_one_call(kind: Kind) -> None:
+    together = noise_of_directions(kind, seed=2**63, stream=9, directions=3, count=1000)
+    for direction, row in enumerate(together):
+        where = {"seed": 2**63, "stream": 9, "direction": direction, "start": 0, "count": 1000}
+        assert torch.equal(row, noise(kind, **where))
 
 
 def test_out_is_filled_in_place_and_checked() -> None:

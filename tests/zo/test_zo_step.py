@@ -136,10 +136,10 @@ METHODS = {
         lr=1e-3, estimator=TwoPoint(2), directions=LowRank(2, rank=2, steps=4)
     ),
     "subspace": ZOSettings(
-        lr=1e-3, estimator=OneSided(4), directions=RandomSubspace(6, 3), controls=(Clip(50.0),)
+        lr=1e-3, estimator=OneSided(4), directions=RandomSubspace(4, 6, 3), controls=(Clip(50.0),)
     ),
     "subspace adam": ZOSettings(
-        lr=1e-3, estimator=OneSided(4), directions=RandomSubspace(6, 3, CoreAdam())
+        lr=1e-3, estimator=OneSided(4), directions=RandomSubspace(4, 6, 3, CoreAdam())
     ),
 }
 
@@ -205,7 +205,7 @@ def test_factored_forward_equals_dense_weights(
                     trace = zo._traces[name]
                     assert isinstance(trace, FactoredTrace)
                     window = trace.window(step)
-                    left = window.direction(seed, member.direction).double()
+                    left = window.directions(seed)[member.direction].double()
                     left *= member.sign * settings.eps
                     if window.left is not None:
                         left += window.left

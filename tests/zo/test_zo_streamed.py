@@ -28,7 +28,7 @@ METHODS = {
     "mezo": ZOSettings(lr=1e-3, weight_decay=0.1),
     "mezo 3": ZOSettings(lr=1e-3, estimator=TwoPoint(3), directions=Dense(Kind.IRWIN_HALL)),
     "low rank": ZOSettings(lr=1e-2, estimator=OneSided(4), directions=LowRank(4, steps=2)),
-    "subspace": ZOSettings(lr=1e-3, estimator=OneSided(4), directions=RandomSubspace(6, 2)),
+    "subspace": ZOSettings(lr=1e-3, estimator=OneSided(4), directions=RandomSubspace(4, 6, 2)),
 }
 CONFIGS = {
     "llama": LlamaConfig(

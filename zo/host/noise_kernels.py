@@ -158,6 +158,19 @@ def _fill(out, kind, start, k0, k1, stream, direction):  # type: ignore[no-untyp
         out[offset + low : offset + high] = z[low:high]
 
 
+@njit(**_options)
+def _fill_directions(out, kind, k0, k1, stream):  # type: ignore[no-untyped-def]
+    for direction in range(out.shape[0]):
+        _fill(out[direction], kind, 0, k0, k1, stream, _u4(direction))
+
+
+def fill_directions(out: npt.NDArray[np.float32], kind: int, seed: int, stream: int) -> None:
+    """Write directions 0, 1, ... of a noise tensor to the rows of a contiguous fp32 array."""
+    if out.size:
+        k0, k1 = split_seed(seed)
+        _fill_directions(out, _i8(kind), k0, k1, _u4(stream))
+
+
 def fill(
     out: npt.NDArray[np.float32], kind: int, start: int, seed: int, stream: int, direction: int
 ) -> None:
