@@ -1,1 +1,43 @@
-"""Zeroth-order fine-tuning."""
+"""Zeroth-order fine-tuning: forwards only, exact replay, weights that may stay on disk.
+
+``headrace.zo.trainer``, ``.streamed``, ``.distributed`` and ``.quantised`` hold what needs more
+than a resident model.
+"""
+
+from .control import Clip, RmsScale, Standardize
+from .dense import Dense
+from .log import ReplayLog, StepRecord, read_log
+from .lowrank import LowRank
+from .noise import Kind
+from .objective import causal_lm_losses, label_word_losses
+from .one_sided import OneSided
+from .perturb import Rounding
+from .random_subspace import CoreAdam, RandomSubspace
+from .replay import fingerprint, replay
+from .settings import ZOSettings
+from .step import StepResult, ZOStep
+from .two_point import TwoPoint
+
+__all__ = [
+    "Clip",
+    "CoreAdam",
+    "Dense",
+    "Kind",
+    "LowRank",
+    "OneSided",
+    "RandomSubspace",
+    "ReplayLog",
+    "RmsScale",
+    "Rounding",
+    "Standardize",
+    "StepRecord",
+    "StepResult",
+    "TwoPoint",
+    "ZOSettings",
+    "ZOStep",
+    "causal_lm_losses",
+    "fingerprint",
+    "label_word_losses",
+    "read_log",
+    "replay",
+]
