@@ -77,7 +77,7 @@ def write_perturbed(
     ...     plus, w, scale=0.5, kind=Kind.RADEMACHER, seed=0, stream=1, direction=0
     ... )
     >>> plus
-    tensor([0.5000, 1.5000, 0.5000])
+    tensor([0.5000, 1.5000, 1.5000])
     """
     _check_pair(out, weight)
     source, target = weight.detach().view(-1), out.detach().view(-1)
@@ -126,7 +126,7 @@ def apply_update(
     >>> step = StepUpdate(seed=0, lr=0.25, grads=(1.0,))
     >>> apply_update(w, [step], kind=Kind.RADEMACHER, stream=1)
     >>> w
-    tensor([1.2500, 0.7500, 1.2500])
+    tensor([1.2500, 0.7500, 0.7500])
     """
     if not weight.is_contiguous():
         raise ValueError(f"weight must be contiguous, got strides {weight.stride()}")
