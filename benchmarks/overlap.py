@@ -24,7 +24,7 @@ from typing import Any
 
 SIZES = {
     # hidden, intermediate, layers, vocabulary, device budget, host budget, peak RSS bar in MB
-    "full": (1024, 4096, 24, 16000, "300MB", "300MB", 900),
+    "full": (1024, 4096, 24, 16000, "250MB", "250MB", 900),
     "quick": (768, 3072, 12, 8000, "220MB", "200MB", 700),
 }
 BUSY_BAR = 0.85
