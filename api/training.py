@@ -213,7 +213,7 @@ class Training:
         runtime.store = store
         hold_all, ring, resident = self._place(layouts, tiles)
         states = StateTiles(
-            store, tiles, ring, resident, write_through=options.durability == "step"
+            store, tiles, ring, resident, write_through=options.durability != "none"
         )
 
         def slot_update(name: str) -> tuple[UpdateRule, Mapping[str, Any], int]:
