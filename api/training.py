@@ -207,7 +207,7 @@ class Training:
         tiles: dict[str, tuple[Tile, ...]] = {
             n: plan_tiles(layout, rules, tile_bytes=TILE_BYTES) for n, layout in layouts.items()
         }
-        on_device = frozenset(n for n in layouts if n not in self._gathered or self._tied(n))
+        on_device = frozenset(layouts) - self._gathered
         self._check_room(layouts, tiles, on_device)  # before anything is made
         store = self._open_store(layouts, tiles)
         runtime.store = store
@@ -224,18 +224,15 @@ class Training:
             engine,
             store,
             states,
-            layouts=layouts,
             mode=options.update,
             slot_update=slot_update,
-            write_through=options.durability == "step",
         )
-        early = options.update == "backward" and store.can_roll_back()
         updates.gradients = Gradients(
             engine,
             layouts,
             on_device=on_device,
             hold_all=hold_all,
-            scratch=None if early or hold_all else self._scratch,
+            scratch=None if updates.early or hold_all else self._scratch,
             complete=updates.add,
         )
         updates.arrived = self._arrived
@@ -245,9 +242,6 @@ class Training:
         runtime.closing.callback(self._close)
         if options.resume:
             self._restore(store)
-
-    def _tied(self, name: str) -> bool:
-        return not self._runtime.engine.chunks[name].gathered
 
     def _open_store(
         self, layouts: dict[str, ChunkLayout], tiles: dict[str, tuple[Tile, ...]]

@@ -20,7 +20,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .chunk import ChunkLayout, Tile
+from .chunk import Tile
 from .device_memory import slab_tensor
 from .engine import Chunk, Engine
 from .errors import HeadraceError
@@ -126,17 +126,6 @@ class StateTiles:
             write.wait()
         self._writes.clear()
 
-    def write_back(self) -> None:
-        """Write every resident tile to the store (before a snapshot or the end of a run)."""
-        self.settle()
-        for name, slabs in self._resident.items():
-            for tile, slab in zip(self._tiles[name], slabs, strict=True):
-                if tile.region in self._loaded:
-                    self._writes[tile.region] = self._store.write(
-                        tile.region, slab.view[: tile.nbytes]
-                    )
-        self.settle()
-
     def forget(self) -> None:
         """Void resident states: the store's bytes were rolled back."""
         self.settle()
@@ -161,19 +150,15 @@ class Updates:
         store: Store,
         states: StateTiles,
         *,
-        layouts: Mapping[str, ChunkLayout],
         mode: str,
         slot_update: Callable[[str], tuple[UpdateRule, Mapping[str, Any], int]],
-        write_through: bool,
     ) -> None:
         """``slot_update(name)`` gives (rule, hyper-parameters now, seed) of a parameter."""
         self._engine = engine
         self._store = store
         self._states = states
-        self._layouts = layouts
         self.mode = mode
         self._slot_update = slot_update
-        self._write_through = write_through
         self.gradients: Gradients | None = None
         # Told of every complete gradient, before it may be applied.
         self.arrived: Callable[[HostGradient], None] = lambda gradient: None
@@ -450,8 +435,3 @@ class Updates:
         self._states.close(self._engine.host.release)
         if self.gradients is not None:
             self.gradients.close()
-
-
-def state_bytes(tiles: Mapping[str, tuple[Tile, ...]]) -> int:
-    """Bytes of all optimizer states of a model on disk."""
-    return sum(tile.nbytes for of_chunk in tiles.values() for tile in of_chunk)
