@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Final, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from .blocks import RowCodec
 from .rounding import round_half_even, round_stochastic
 from .scales import block_amax, divide, to_codes
+
+_PER_CODE: Final = 7.874015718698502e-3  # 1 / 127 as bitsandbytes writes it
 
 
 @final
@@ -24,7 +26,9 @@ class Int8RowwiseCodec(RowCodec):
 
     ``block_size`` 0 means whole rows of the last axis; otherwise groups of that many columns.
     Cost: 8 + 32 / row length bits an element.  Worst error in a row: amax / 254; amax / 127 with
-    stochastic rounding.
+    stochastic rounding.  ``scale_is_amax``: ``scale`` holds amax itself, as bitsandbytes' LLM.int8
+    stores it; decoding then multiplies by 1 / 127 last, as bitsandbytes does (rows beyond 2^120
+    overflow).
 
     >>> codec = Int8RowwiseCodec()
     >>> codec.encode(torch.tensor([[1.0, -127.0]]))["codes"]
@@ -36,6 +40,7 @@ class Int8RowwiseCodec(RowCodec):
     code_dtype: ClassVar[torch.dtype] = torch.int8
 
     block_size: int = 0
+    scale_is_amax: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 0:
@@ -50,15 +55,18 @@ class Int8RowwiseCodec(RowCodec):
     def encode_blocks(
         self, blocks: Tensor, uniform: Tensor | None, whole: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        scale = block_amax(blocks) / 127.0
+        amax = block_amax(blocks)
+        scale = amax / 127.0
         scaled = divide(blocks, scale)
         rounded = round_half_even(scaled) if uniform is None else round_stochastic(scaled, uniform)
         codes = to_codes(rounded.clamp(-127.0, 127.0)).to(torch.int8)
-        return codes.view(torch.uint8), {"scale": scale}
+        return codes.view(torch.uint8), {"scale": amax if self.scale_is_amax else scale}
 
     def expand(
         self, unit: Tensor, stats: Mapping[str, Tensor], whole: Mapping[str, Tensor]
     ) -> Tensor:
+        if self.scale_is_amax:
+            return (unit * stats["scale"]) * _PER_CODE
         return unit * stats["scale"]
 
     def block_error(self, blocks: Tensor, stochastic: bool, whole: Mapping[str, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from .codec import Codec
 from .companded import Companded4Codec, Companded8Codec
 from .fp4 import Fp4Codec
 from .fp8 import Fp8Codec
+from .fp8_grid import Fp8GridCodec
 from .gptq_packed import GptqPackedCodec
 from .int4_group import Int4GroupCodec
 from .int8_blockwise import Int8BlockwiseCodec
@@ -35,6 +36,7 @@ def codec_classes() -> dict[str, type[Codec]]:
         Companded8Codec,
         Fp4Codec,
         Fp8Codec,
+        Fp8GridCodec,
         GptqPackedCodec,
         Int4GroupCodec,
         Int8BlockwiseCodec,

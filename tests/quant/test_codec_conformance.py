@@ -16,6 +16,7 @@ from headrace.quant.coat import CoatCodec
 from headrace.quant.companded import Companded4Codec, Companded8Codec
 from headrace.quant.fp4 import Fp4Codec
 from headrace.quant.fp8 import Fp8Codec
+from headrace.quant.fp8_grid import Fp8GridCodec
 from headrace.quant.int4_group import Int4GroupCodec
 from headrace.quant.int8_blockwise import Int8BlockwiseCodec
 from headrace.quant.int8_rowwise import Int8RowwiseCodec
@@ -40,6 +41,10 @@ CODECS = [
     Fp8Codec(element="e5m2"),
     Fp8Codec(element="e5m2", granularity="group", block_size=16),
     Fp8Codec(granularity="group", block_size=128),
+    Fp8GridCodec(),
+    Fp8GridCodec(block_rows=0, block_columns=0, scale_dtype="float16"),
+    Fp8GridCodec(element="e5m2", block_rows=1, block_columns=0, scale_dtype="bfloat16"),
+    Fp8GridCodec(block_rows=3, block_columns=32),
     Int4GroupCodec(),
     Int4GroupCodec(block_size=32, scale_dtype="float32"),
     Int4GroupCodec(block_size=0, scale_dtype="float16"),
@@ -50,6 +55,7 @@ CODECS = [
     Int8BlockwiseCodec(signed=False),
     Int8RowwiseCodec(),
     Int8RowwiseCodec(block_size=64),
+    Int8RowwiseCodec(scale_is_amax=True),
     Mxfp4Codec(),
     Mxfp4Codec(scale_rule="floor"),
     Mxfp4Codec(scale_rule="ceil"),
@@ -150,6 +156,8 @@ def test_error_stays_within_the_documented_bound(codec, kind, stochastic):
             x = x.clamp(-4e5, 4e5)  # an fp16 scale holds no more than 65504 * 7
         if codec.parameters().get("mode") == "affine":
             x = x.clamp(-1e38, 1e38)  # the span max - min must be finite in fp32
+        if codec.parameters().get("scale_is_amax"):
+            x = x.clamp(-1e36, 1e36)  # a code times the stored amax must be finite in fp32
         error = (codec.decode(codec.encode(x, generator=generator), shape) - x).abs()
         bound = codec.max_error(x, stochastic=stochastic)
         assert bound.shape == x.shape
@@ -185,6 +193,13 @@ def test_not_a_number_poisons_its_whole_block_and_no_other(codec, bad):
     x = gaussian((4, 512)).abs() + 0.1
     x[1, 300] = bad
     decoded = codec.decode(codec.encode(x), (4, 512))
+    if isinstance(codec, Fp8GridCodec):
+        height, width = codec.block_rows or 4, codec.block_columns or 512
+        expected = torch.zeros(4, 512, dtype=torch.bool)
+        top, left = 1 // height * height, 300 // width * width
+        expected[top : top + height, left : left + width] = True
+        assert torch.equal(decoded.isnan(), expected)
+        return
     granule = min(codec.encode_granule((4, 512)), x.numel())
     width = codec.block_size or granule
     flat = decoded.view(-1)
@@ -209,11 +224,14 @@ def test_pieces_at_granules_give_the_bits_of_the_whole(codec, stochastic):
         whole = codec.encode(x, generator=CounterGenerator(5) if stochastic else None)
         flat, granule = x.view(-1), codec.encode_granule(shape)
         by_rows = granule == shape[-1] and not isinstance(codec, blocks.FlatCodec)
+        by_rows = by_rows or (isinstance(codec, Fp8GridCodec) and granule < x.numel())
         pieces = []
         for start in range(0, x.numel(), granule * 3):
             piece = flat[start : start + granule * 3]
             generator = CounterGenerator(5, element_offset=start) if stochastic else None
             rows = piece.view(-1, shape[-1]) if by_rows else piece
+            if isinstance(codec, Fp8GridCodec) and not codec.block_rows and by_rows:
+                rows = piece.view(-1, *shape[-2:])  # a rectangle is a whole matrix of the stack
             pieces.append(codec.encode(rows, generator=generator))
         if granule >= x.numel():
             assert len(pieces) == 1, "a tensor-wide statistic: the whole is the only piece"
@@ -327,6 +345,8 @@ def test_any_finite_values_stay_within_the_bound(codec, values, columns):
         x = x.clamp(-4e5, 4e5)
     if codec.parameters().get("mode") == "affine":
         x = x.clamp(-1e38, 1e38)  # the span max - min must be finite in fp32
+    if codec.parameters().get("scale_is_amax"):
+        x = x.clamp(-1e36, 1e36)  # a code times the stored amax must be finite in fp32
     decoded = codec.decode(codec.encode(x), tuple(x.shape))
     excess = ((decoded - x).abs() - codec.max_error(x)).reshape(-1)
     assert bool((excess <= 0).all())
