@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .quantizing import quantize
     from .reporting import Report, report, statistics
     from .resuming import resume
+    from .streamed_model import runtime_of
+    from .tracing import Trace, trace
     from .tuning import TuneOptions, TuneResult, tune
 
 _HOMES = MappingProxyType(
@@ -27,6 +29,7 @@ _HOMES = MappingProxyType(
         "DataError": "errors",
         "InputError": "errors",
         "Report": "reporting",
+        "Trace": "tracing",
         "TuneOptions": "tuning",
         "TuneResult": "tuning",
         "default_budgets": "budgets",
@@ -36,7 +39,9 @@ _HOMES = MappingProxyType(
         "parse_bytes": "budgets",
         "quantize": "quantizing",
         "report": "reporting",
+        "runtime_of": "streamed_model",
         "statistics": "reporting",
+        "trace": "tracing",
         "tune": "tuning",
     }
 )
@@ -45,6 +50,7 @@ __all__ = [
     "DataError",
     "InputError",
     "Report",
+    "Trace",
     "TuneOptions",
     "TuneResult",
     "default_budgets",
@@ -54,7 +60,9 @@ __all__ = [
     "quantize",
     "report",
     "resume",
+    "runtime_of",
     "statistics",
+    "trace",
     "tune",
 ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from headrace.offload.errors import HeadraceError
+from headrace.offload.errors import HeadraceError, UnsupportedModelError
+from headrace.offload.head_weight import gathered_head
 from headrace.offload.loss import LazyLogits, StreamedHead
 from headrace.offload.runtime import Runtime
 from headrace.offload.schedule import Phase
 
+from .errors import InputError
 from .training import Training
 
 if TYPE_CHECKING:
@@ -34,6 +37,19 @@ class StreamedModel(nn.Module):
     _runtime: Runtime
     _head: StreamedHead | None
     _training_side: Training
+    _replaced: bool = False  # whether a forward that replaced the model's own is running
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Autocast, fused losses and kernels replace a model's forward on the instance.
+        if name == "forward" and self._runtime is not None:
+            value = _replacement(self, value)
+        super().__setattr__(name, value)
+
+    def get_output_embeddings(self) -> Any:
+        """The head; to a replaced forward, which reads its weight, with the real weight."""
+        if self._replaced and self._head is not None:
+            return gathered_head(self._head)
+        return super().get_output_embeddings()  # type: ignore[misc]
 
     # Optimizers find the streamed parameters by this method (headrace.optim.ParameterHost).
     def bind_optimizer(self, optimizer: RuleOptimizer) -> Training:
@@ -97,6 +113,19 @@ class StreamedModel(nn.Module):
                 yield name, {n: v.clone() for n, v in views.items()}
 
 
+def runtime_of(model: nn.Module) -> Runtime:
+    """The runtime that streams ``model``: its engine, budgets, lanes and statistics.
+
+    What takes a streamed model's weights apart from its forward pass starts here, such as
+    ``headrace.zo.streamed.StreamedWeights(model, runtime_of(model), directions)``.
+    """
+    if not isinstance(model, StreamedModel):
+        raise InputError(
+            f"{type(model).__name__} is not a streamed model; open it with headrace.load(...)"
+        )
+    return model._runtime
+
+
 def _streamed_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     original = kind.forward
     parameters = inspect.signature(original).parameters
@@ -120,6 +149,36 @@ def _streamed_forward(kind: type[nn.Module]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
 
     return forward
+
+
+def _replacement(model: StreamedModel, value: Any) -> Any:
+    """A forward put on the instance, made to run inside the stream."""
+    inner = value.__func__ if isinstance(value, types.MethodType) else value
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if model._replaced:
+            return inner(*args, **kwargs)
+        grad = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+        positional = {str(i): value for i, value in enumerate(args)}
+        head = model._head
+        uses = 0 if head is None else head.uses
+        with model._runtime.forward_pass(_batch_of({**positional, **kwargs}), training=grad):
+            model._replaced = True
+            try:
+                output = inner(*args, **kwargs)
+            finally:
+                model._replaced = False
+        if head is not None and head.uses == uses and getattr(output, "loss", None) is not None:
+            name = getattr(inner, "__qualname__", str(inner))
+            raise UnsupportedModelError(
+                f"{name}, which replaced this model's forward, made a loss without calling the "
+                f"head {head.chunk!r} or get_output_embeddings(); it read a placeholder, and the "
+                f"loss is NaN. Switch that fused loss off (use_liger_kernel=False)."
+            )
+        return output
+
+    return types.MethodType(forward, value.__self__) if inner is not value else forward
 
 
 def _batch_of(arguments: Mapping[str, Any]) -> int:

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
 from torch import Tensor, nn
 
-from headrace.offload.backing import StoreBacking
 from headrace.offload.chunk import ChunkLayout, Tile, plan_tiles
-from headrace.offload.engine import Chunk
 from headrace.offload.errors import BudgetError, HeadraceError
 from headrace.offload.extents import Region
 from headrace.offload.gradient import Gradients, HostGradient
@@ -30,6 +27,7 @@ from headrace.offload.scratch import Scratch
 from headrace.offload.store import Store
 from headrace.offload.transfer import Transfer
 from headrace.offload.update import RING_SLABS, StateTiles, Updates
+from headrace.offload.write_back import import_chunk, rebase
 
 from .run_state import (
     capture_generators,
@@ -254,7 +252,7 @@ class Training:
                 list(options.paths), lanes=self._lanes, expect_fingerprint=options.fingerprint
             )
             for name in layouts:
-                self._rebase(chunks[name], store)
+                rebase(runtime.engine, chunks[name], store)
             return store
         regions = [Region(f"weights/{n}", chunks[n].layout.nbytes) for n in layouts]
         regions += [Region(t.region, t.nbytes) for of_chunk in tiles.values() for t in of_chunk]
@@ -268,43 +266,11 @@ class Training:
             snapshot_every=options.snapshot_every,
         )
         for name in layouts:
-            self._import(chunks[name], store)
+            import_chunk(runtime.engine, chunks[name], store)
         if options.durability != "none":
             user, blobs = self._record()
             store.commit(user, blobs=blobs)
         return store
-
-    def _rebase(self, chunk: Chunk, store: Store) -> None:
-        self._runtime.engine.drain()
-        self._runtime.engine.forget(chunk)
-        chunk.backing = StoreBacking(store, chunk.layout)
-
-    def _import(self, chunk: Chunk, store: Store) -> None:
-        """Copy a chunk's initial weights into the store, one chunk in memory at a time."""
-        engine = self._runtime.engine
-        engine.drain()
-        engine.forget(chunk)
-        held = [engine.acquire_host(f"import {chunk.name}", chunk.backing.host_nbytes)]
-        try:
-            source = target = held[0]
-            nbytes = chunk.backing.host_nbytes
-            chunk.backing.read(source.view[:nbytes], f"import {chunk.name}").wait()
-            if chunk.backing.host_slots != chunk.layout.slots:
-                target = engine.acquire_host(f"import {chunk.name}", chunk.layout.nbytes)
-                held.append(target)
-                from_bytes = np.frombuffer(source.view, np.uint8)
-                to_bytes = np.frombuffer(target.view, np.uint8)
-                to_bytes[: chunk.layout.nbytes] = 0  # padding is part of the checksum
-                for s in chunk.backing.segments:
-                    to_bytes[s.target : s.target + s.nbytes] = from_bytes[
-                        s.source : s.source + s.nbytes
-                    ]
-                del from_bytes, to_bytes
-            chunk.backing = StoreBacking(store, chunk.layout)
-            chunk.backing.write(target.view[: chunk.layout.nbytes]).wait()
-        finally:
-            for slab in held:
-                engine.host.release(slab)
 
     def _check_room(
         self,

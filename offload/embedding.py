@@ -71,6 +71,7 @@ class StreamedEmbedding:
         self._kind = type(module)
         self.tied: TiedRows | None = None  # of the forward pass under way
         module.forward = self._forward  # type: ignore[method-assign,assignment]
+        runtime.embeddings[chunk] = self
 
     def _forward(self, ids: Tensor) -> Tensor:
         runtime = self.runtime
@@ -87,9 +88,10 @@ class StreamedEmbedding:
         with runtime.engine.use_host(self.chunk, Phase.FORWARD) as views:
             rows = views[self.slot][gather.unique].to(runtime.device)
         with torch.no_grad(), runtime.timeline.span(LaneName.COMPUTE, f"forward {self.chunk}"):
-            return self._run(gather, gather.inverse, rows)
+            return self.run(gather, gather.inverse, rows)
 
-    def _run(self, gather: Gather, indices: Tensor, rows: Tensor) -> Tensor:
+    def run(self, gather: Gather, indices: Tensor, rows: Tensor) -> Tensor:
+        """The module's own forward on a compact table: ``rows`` are the batch's distinct rows."""
         module, padding_idx = self.module, self.module.padding_idx
         bound = self.runtime.bound[self.chunk]
         module.weight.data = rows
@@ -111,7 +113,7 @@ class StreamedEmbedding:
         weight.grad = None  # a handle of an earlier backward pass of this step
         try:
             with torch.enable_grad():
-                output = self._run(gather, gather.inverse[part], rows)
+                output = self.run(gather, gather.inverse[part], rows)
             torch.autograd.backward([output], [gradient])
             assert weight.grad is not None
             return weight.grad.cpu()

@@ -193,12 +193,18 @@ class StreamedHead:
         self._tile_tokens = max(tile_bytes // (LOGIT_BYTES * vocabulary), 1)
         self.embedding = embedding
         self.loss_expected = False
+        # What turns hidden states (batch, tokens, width) or (tokens, width) into logits, with
+        # the chunk on the device.
+        self.call: Callable[[Tensor], Tensor] = self.plain
         module.forward = self._forward  # type: ignore[method-assign]
+        runtime.heads[chunk] = self
 
-    def _call(self, hidden: Tensor) -> Tensor:
+    def plain(self, hidden: Tensor) -> Tensor:
+        """The module's own forward."""
         return self._kind.forward(self.module, hidden)
 
     def _forward(self, hidden: Tensor) -> Tensor:
+        self.uses += 1
         if self.loss_expected and hidden.dim() == 3:
             parameter = next(self.module.parameters())
             dtype = parameter.dtype
@@ -209,7 +215,7 @@ class StreamedHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The real logits, through the chunk."""
-        return streamed_forward(self.runtime, self.chunk, self.module, self._call, (hidden,), {})
+        return streamed_forward(self.runtime, self.chunk, self.module, self.call, (hidden,), {})
 
     def tiles(self, hidden: Tensor) -> Iterator[LossTile]:
         """Tiles of ``hidden`` (batch, tokens, width): micro-batch after micro-batch."""
@@ -305,7 +311,7 @@ class _LossWork:
 
     def loss_tile(self, tile: LossTile, hidden: Tensor) -> Tensor:
         """The tile's share of the loss."""
-        logits = self.head._call(hidden)
+        logits = self.head.call(hidden)
         for operation in self.operations:
             logits = operation(logits)
         if len(self.tiles) == 1:

@@ -41,6 +41,7 @@ LEGAL_MOVES: frozenset[tuple[Residency, Residency]] = frozenset(
         (_R.UPLOADING, _R.HOST),  # the upload failed
         (_R.BOTH, _R.HOST),  # the slot is given up
         (_R.BOTH, _R.DEVICE),  # the slab is given up
+        (_R.DEVICE, _R.BOTH),  # bytes that a visit changed come down to a new slab
         (_R.HOST, _R.DISK),  # the slab is given up: the store holds the same bytes
         (_R.DEVICE, _R.DISK),  # the slot is given up
         # the update of a chunk voids every other copy of its weights

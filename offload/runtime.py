@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ from .store import Store
 from .timeline import LaneName, LaneStatistics, Timeline
 from .update import Updates
 from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from .embedding import StreamedEmbedding
+    from .loss import StreamedHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,9 @@ class Runtime:
     tap: Tap | None = None
     # What a visit of a chunk over encoded weights decodes at once, beyond its own bytes.
     decoding_bytes: dict[str, int] = field(default_factory=dict)
+    # Tables and heads by chunk (a tied chunk has both); they enter themselves.
+    embeddings: dict[str, StreamedEmbedding] = field(default_factory=dict)
+    heads: dict[str, StreamedHead] = field(default_factory=dict)
     current: Pass | None = None
     _anchor: Tensor | None = None
     _step_started: float | None = None
