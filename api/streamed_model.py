@@ -41,7 +41,7 @@ class StreamedModel(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Autocast, fused losses and kernels replace a model's forward on the instance.
-        if name == "forward" and self._runtime is not None:
+        if name == "forward" and "_runtime" in self.__dict__:
             value = _replacement(self, value)
         super().__setattr__(name, value)
 

@@ -193,6 +193,7 @@ class StreamedHead:
         self._tile_tokens = max(tile_bytes // (LOGIT_BYTES * vocabulary), 1)
         self.embedding = embedding
         self.loss_expected = False
+        self.uses = 0  # how often the weight was asked for, by a call or gathered
         # What turns hidden states (batch, tokens, width) or (tokens, width) into logits, with
         # the chunk on the device.
         self.call: Callable[[Tensor], Tensor] = self.plain
