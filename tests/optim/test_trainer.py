@@ -1,9 +1,21 @@
-"""Every recipe in the stock Trainer: accumulation, clipping, a scheduler, save and resume."""
+"""Every recipe in the stock Trainer and SFTTrainer: accumulation, clipping, a scheduler, resuming.
 
+The model is plain and resident: what is proved is that recipes are drop-in optimizers.
+"""
+
+import datasets
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
 
 from headrace import optim
 
@@ -17,7 +29,7 @@ SETTINGS = {
     "lion": {},
     "lion_8bit": {},
     "adafactor": {},
-    "sgd": {"momentum": 0.9},
+    "sgd": {"lr": 0.5, "momentum": 0.9},
     "sign_sgd": {},
     "galore_adamw": {"rank": 8, "update_proj_gap": 2},
     "galore_adamw_8bit": {"rank": 8, "update_proj_gap": 2},
@@ -54,43 +66,60 @@ def tiny_llama():
     return LlamaForCausalLM(config).bfloat16()
 
 
-def arguments(folder, **kwargs):
-    return TrainingArguments(
-        output_dir=str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2, max_grad_norm=1.0, lr_scheduler_type="cosine",
-        logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, seed=1, **kwargs,
-    )  # fmt: skip
+COMMON = {
+    "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "lr_scheduler_type": "cosine",
+    "logging_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 1,
+}  # fmt: skip
+
+
+def plain_trainer(model, folder, **kwargs):
+    arguments = TrainingArguments(output_dir=str(folder), **COMMON)
+    return Trainer(model=model, args=arguments, train_dataset=Tokens(), **kwargs)
+
+
+def sft_trainer(model, folder, **kwargs):
+    words = {f"w{i}": i for i in range(95)} | {"<pad>": 95, "<eos>": 96}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    texts = [" ".join(f"w{int(i) % 95}" for i in row) for row in Tokens().rows]
+    arguments = SFTConfig(output_dir=str(folder), bf16=False, max_length=16, **COMMON)
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+        ),
+        **kwargs,
+    )
 
 
 def test_the_table_has_every_recipe():
-    recipes = {name for name in optim.__all__ if name[0].islower()} - {"memory", "for_trainer"}
+    helpers = {"memory", "for_trainer"}
+    recipes = {name for name in optim.__all__ if name[0].islower()} - helpers
     assert recipes == set(SETTINGS)
 
 
+@pytest.mark.parametrize("trainer_of", [plain_trainer, sft_trainer])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_recipe_trains_and_resumes_in_the_trainer(name, tmp_path):
+def test_recipe_trains_and_resumes(name, trainer_of, tmp_path):
     recipe, settings = getattr(optim, name), {"lr": 2e-3, "weight_decay": 0.01, **SETTINGS[name]}
     model = tiny_llama()
     start = [p.detach().clone() for p in model.parameters()]
-    trainer = Trainer(
-        model=model,
-        args=arguments(tmp_path),
-        train_dataset=Tokens(),
-        optimizers=(recipe(model, **settings), None),
-    )
+    optimizer = recipe(model, **settings)
+    trainer = trainer_of(model, tmp_path, optimizers=(optimizer, None))
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     assert len(logs) == 4
     assert all(entry["grad_norm"] > 0 for entry in logs)
     assert logs[-1]["learning_rate"] < logs[0]["learning_rate"]
-    assert any(not torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
+    assert {int(optimizer.state[p]["step"]) for p in model.parameters()} == {4}
+    assert all(not torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
 
     again = tiny_llama()
-    resumed = Trainer(
-        model=again,
-        args=arguments(tmp_path),
-        train_dataset=Tokens(),
-        optimizer_cls_and_kwargs=optim.for_trainer(recipe, **settings),
+    resumed = trainer_of(
+        again, tmp_path, optimizer_cls_and_kwargs=optim.for_trainer(recipe, **settings)
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for (key, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
