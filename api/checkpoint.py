@@ -34,19 +34,7 @@ from headrace.offload.errors import SourceError
 from headrace.offload.source import SafetensorsIndex
 from headrace.offload.transfer import FinishedTransfer, Transfer
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+from .native_checkpoint import DTYPES, NativePlan, Piece
 
 
 @final
@@ -54,11 +42,18 @@ class Checkpoint:
     """The shards of a model and how their tensors become the model's parameters."""
 
     def __init__(
-        self, model: PreTrainedModel, folder: Path, dtype: torch.dtype, *, converted: bool = True
+        self,
+        model: PreTrainedModel,
+        folder: Path,
+        dtype: torch.dtype,
+        *,
+        converted: bool = True,
+        native: NativePlan | None = None,
     ) -> None:
         """``model`` is on meta, with the dtypes its parameters will have.
 
         ``converted``: the shards use the hub's names and layouts, not the model's own.
+        ``native``: the weights that the shards hold encoded, declared in the model already.
         """
         self.folder, self.dtype = folder, dtype
         self.index = SafetensorsIndex.open(folder)
@@ -79,6 +74,9 @@ class Checkpoint:
                 sources[target].append(key)
                 if pattern is not None:
                     self._converted.add(target)
+        self._pieces = {} if native is None else native.pieces()
+        for name, pieces in self._pieces.items():
+            sources[name] = [piece for piece in pieces if isinstance(piece, str)]
         self.sources: Mapping[str, list[str]] = sources
         self.targets = {n: (t.shape, t.dtype) for n, t in targets.items()}
 
@@ -90,14 +88,36 @@ class Checkpoint:
         """Slot name -> tensor name if the whole chunk can be read as it lies; else None."""
         keys: dict[str, str] = {}
         for slot in layout.slots:
+            if slot.name in self._pieces:
+                (piece, *others) = self._pieces[slot.name]
+                if others or not isinstance(piece, str):
+                    return None
+                keys[slot.name] = piece
+                continue
             sources = self.sources.get(slot.name, [])
             if len(sources) != 1 or slot.name in self._converted:
                 return None
             entry = self.index[sources[0]]
-            if entry.shape != tuple(slot.shape) or _DTYPES.get(entry.dtype) is not slot.dtype:
+            if entry.shape != tuple(slot.shape) or DTYPES.get(entry.dtype) is not slot.dtype:
                 return None
             keys[slot.name] = sources[0]
         return keys
+
+    def pieces(self, layout: ChunkLayout) -> dict[str, tuple[Piece, ...]]:
+        """Slot name -> the bytes that make it up, of all slots that need no conversion.
+
+        Empty if no slot of the chunk is a part of an encoded weight.
+        """
+        if not any(slot.name in self._pieces for slot in layout.slots):
+            return {}
+        found = {s.name: self._pieces[s.name] for s in layout.slots if s.name in self._pieces}
+        for slot in layout.slots:
+            alone = self.in_place(
+                ChunkLayout.pack(slot.name, [(slot.name, slot.shape, slot.dtype)])
+            )
+            if slot.name not in found and alone is not None:
+                found[slot.name] = (alone[slot.name],)
+        return found
 
     def convert(self, layout: ChunkLayout) -> dict[str, Tensor]:
         """The chunk's tensors through transformers' conversion, in ordinary memory."""

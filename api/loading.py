@@ -40,7 +40,9 @@ from .budgets import default_budgets, parse_bytes
 from .capture import CollectorTap
 from .checkpoint import Checkpoint, ConvertedBacking
 from .errors import InputError
+from .native_checkpoint import AssembledBacking, plan_native, take_quantization_settings
 from .streamed_model import StreamedModel, streamed_class
+from .streamed_parameter import streamed_parameter
 from .structure import ModuleChunk, Role, cut
 from .training import Training, TrainingOptions
 
@@ -104,21 +106,28 @@ def load(
     if train == "all" and not paths:
         raise InputError("train='all' keeps weights and states on disk: give store='FOLDER'")
     config = AutoConfig.from_pretrained(folder)
+    native_settings = take_quantization_settings(config)
     kind = chosen_dtype(dtype, config)
     with init_empty_weights(include_buffers=False):
         skeleton = auto_class.from_config(config, dtype=kind)  # type: ignore[attr-defined]
     _apply_dtype_plan(skeleton, kind)
     encoded = (folder / INDEX_NAME).exists()
+    native = None
+    if (encoded or native_settings) and train == "all":
+        raise InputError(
+            f"{folder} holds encoded weights, which cannot be trained themselves; load it with "
+            f"train='adapters', or load the checkpoint that it was made of"
+        )
     if encoded:
-        if train == "all":
-            raise InputError(
-                f"{folder} holds encoded weights, which cannot be trained themselves; load it with "
-                f"train='adapters', or load the checkpoint that it was made of"
-            )
         declare_encoded(skeleton, EncodedFolder(folder).records)
+    elif native_settings:
+        native = plan_native(skeleton, folder, native_settings)
+        native.declare(skeleton)
     skeleton.tie_weights()
     # Conversion works on a twin that stays on meta: the model itself is about to be streamed.
-    checkpoint = Checkpoint(copy.deepcopy(skeleton), folder, kind, converted=not encoded)
+    checkpoint = Checkpoint(
+        copy.deepcopy(skeleton), folder, kind, converted=not encoded, native=native
+    )
     chunks = cut(skeleton)
     _check_complete(skeleton, checkpoint, chunks, folder)
     budgets = default_budgets(str(target), device_budget=device_budget, host_budget=host_budget)
@@ -297,6 +306,9 @@ def _stream_modules(
 def _backing(checkpoint: Checkpoint, layout: ChunkLayout, disk: DiskLanes) -> Backing:
     keys = checkpoint.in_place(layout)
     if keys is None:
+        pieces = checkpoint.pieces(layout)
+        if pieces:
+            return AssembledBacking(checkpoint, layout, pieces, disk)
         return ConvertedBacking(checkpoint, layout)
     plan = ReadPlan(checkpoint.index, list(keys.values()), lanes=disk)
     return SourceBacking(plan, layout, keys)
@@ -314,7 +326,7 @@ def _materialize(
     by_name: dict[str, nn.Parameter] = {}
     for chunk in chunks:
         for name, parameter in chunk.parameters.items():
-            made[id(parameter)] = by_name[name] = nn.Parameter(
+            made[id(parameter)] = by_name[name] = streamed_parameter(
                 placeholder(parameter, device), requires_grad=trainable
             )
     for module in model.modules():

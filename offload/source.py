@@ -9,7 +9,7 @@ before use (``safetensors_header``).  No torch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -203,8 +203,13 @@ class ReadPlan:
                 return piece.slab_offset + entry.offset - piece.start
         raise AssertionError(f"no range of the plan covers {entry}")
 
-    def read(self, view: memoryview, *, label: str) -> Transfer:
-        """Read every tensor of the plan into a slab's view of ``nbytes`` bytes or more."""
+    def read(
+        self, view: memoryview, *, label: str, then: Callable[[], None] | None = None
+    ) -> Transfer:
+        """Read every tensor of the plan into a slab's view of ``nbytes`` bytes or more.
+
+        ``then`` runs on a lane's thread when all bytes are there, before the transfer ends.
+        """
         if len(view) < self.nbytes:
             raise ValueError(f"{label} needs {self.nbytes:,} bytes, the view has {len(view):,}")
         parts = []
@@ -216,8 +221,12 @@ class ReadPlan:
             wanted = min(nbytes, file.nbytes - piece.start)
             parts.append(Part(file, piece.start, target, wanted))
         if not parts:
+            if then is not None:
+                then()
             return FinishedTransfer(label)
-        hook = partial(_move_all, view, self._moves) if self._moves else None
+        hook = then
+        if self._moves:
+            hook = partial(_move_all, view, self._moves, then)
         return self._lanes.transfer_parts(Operation.READ, parts, label=label, hook=hook)
 
 
@@ -242,8 +251,10 @@ def _coalesced(entries: Sequence[TensorEntry]) -> Iterator[_Range]:
         yield _Range(path, start, stop, slab_offset)
 
 
-def _move_all(view: memoryview, moves: Sequence[_Move]) -> None:
+def _move_all(view: memoryview, moves: Sequence[_Move], then: Callable[[], None] | None) -> None:
     for move in moves:
         view[move.target : move.target + move.nbytes] = view[
             move.source : move.source + move.nbytes
         ]
+    if then is not None:
+        then()

@@ -39,7 +39,8 @@ def encode_model(model: nn.Module, choose: ChooseCodec) -> list[str]:
                 f"{names_of[id(parameter)]} are one parameter and cannot be encoded separately; "
                 f"keep it as it is"
             )
-        _replace(model, name, codec, codec.encode(parameter.detach()), tuple(parameter.shape))
+        parts = codec.encode(parameter.detach())
+        replace_weight(model, name, codec, parts, tuple(parameter.shape))
         encoded.append(name)
     return encoded[::-1]
 
@@ -51,16 +52,27 @@ def declare_encoded(model: nn.Module, records: Mapping[str, TensorRecord]) -> No
     names.  Weights decode to the type that the model's parameters have now.
     """
     for name, record in records.items():
-        if record.codec is None:
-            continue
-        parameter = _find(model, name)
-        if tuple(parameter.shape) != record.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(parameter.shape)} in the model and {record.shape} in "
-                f"the encoded folder; they belong to different models"
-            )
-        parts = record.codec.empty_parts(record.shape, parameter.device)
-        _replace(model, name, record.codec, parts, record.shape)
+        if record.codec is not None:
+            declare_weight(model, name, record.codec, record.shape)
+
+
+def declare_weight(
+    model: nn.Module, name: str, codec: Codec, shape: tuple[int, ...], *, transposed: bool = False
+) -> None:
+    """Give one weight of a model (usually on ``meta``) uninitialised parts.
+
+    ``shape`` is of what the parts decode to; ``transposed`` says that the weight is that with
+    its last two axes exchanged.
+    """
+    parameter = _find(model, name)
+    visible = (*shape[:-2], shape[-1], shape[-2]) if transposed else tuple(shape)
+    if tuple(parameter.shape) != visible:
+        raise ValueError(
+            f"{name} has shape {tuple(parameter.shape)} in the model and {visible} in the encoded "
+            f"checkpoint; they belong to different models"
+        )
+    parts = codec.empty_parts(shape, parameter.device)
+    replace_weight(model, name, codec, parts, shape, transposed=transposed)
 
 
 def encoded_weights(model: nn.Module) -> dict[str, EncodedTensor]:
@@ -100,13 +112,20 @@ def _find(model: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def _replace(
-    model: nn.Module, name: str, codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, ...]
+def replace_weight(
+    model: nn.Module,
+    name: str,
+    codec: Codec,
+    parts: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    *,
+    transposed: bool = False,
 ) -> None:
+    """Replace one parameter of a model by parts that decode to ``shape``, in place."""
     module_name, _, weight_name = name.rpartition(".")
     module = model.get_submodule(module_name)
-    if type(module) is not nn.Linear or not module_name:
-        attach_encoded(module, weight_name, parts, codec=codec, shape=shape)
+    if type(module) is not nn.Linear or not module_name or transposed:
+        attach_encoded(module, weight_name, parts, codec=codec, shape=shape, transposed=transposed)
         return
     parent_name, _, leaf = module_name.rpartition(".")
     layer = EncodedLinear(
