@@ -76,8 +76,8 @@ def projected_groups(
     """Return the parameters, and the test of which ones are projected.
 
     A model's linear layers are; so are two-dimensional parameters of an iterable.  If any param
-    group has a ``rank`` or ``density`` key (as users of galore-torch, apollo-torch and FRUGAL
-    write them), only matrices of groups with such a key are.
+    group has a ``rank``, ``density`` or true ``is_proj_params`` key (as users of galore-torch,
+    apollo-torch and FRUGAL write them), only matrices of groups with such a key are.
     """
     if isinstance(model_or_params, nn.Module):
         return model_or_params, lambda info, group: info.role == "matrix"
@@ -88,7 +88,7 @@ def projected_groups(
 
 
 def _marked(group: Mapping[str, Any]) -> bool:
-    return "rank" in group or "density" in group
+    return bool(group.get("is_proj_params", "rank" in group or "density" in group))
 
 
 def _numel(info: ParameterInfo) -> int:

@@ -1,4 +1,4 @@
-"""FRUGAL: a stateful optimizer on a changing part of the columns, signSGD on the rest."""
+"""FRUGAL: a stateful optimizer on a changing part of a matrix, signSGD on the rest."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from .projected import Projected
 @final
 @dataclass(frozen=True)
 class Frugal(Projected):
-    """FRUGAL (Zmushko et al., arXiv:2411.07837): direction = lift(N) + s * sign(G - lift(R)).
+    """FRUGAL (Zmushko et al., arXiv:2411.07837): lift(N) + s * sign(G - lift(R)), times ``scale``.
 
     With a random ``SliceProjector`` the state-full part is ``density`` of the shorter side's
-    slices, drawn from the seed every ``gap`` steps, and its moments restart then (``reset``).
-    ``state_free_scale`` is the paper's 1.0 for pre-training; 0.1 suits fine-tuning.
+    slices, with a ``CoordinateProjector`` that share of single elements; it is drawn from the seed
+    every ``gap`` steps, and its moments restart then (``reset``).  ``state_free_scale`` (s) is
+    the paper's 1.0 for pre-training; 0.1 suits fine-tuning.
     """
 
     state_free_scale: float = 1.0
+    scale: float = 1.0
 
     def combine(
         self,
@@ -36,4 +38,5 @@ class Frugal(Projected):
     ) -> Tensor:
         rows, cols = grad.shape
         rest = torch.sign(grad - self.projector.up(low_grad, basis, rows, cols))
-        return self.projector.up(low_step, basis, rows, cols).add_(rest.mul_(self.state_free_scale))
+        lifted = self.projector.up(low_step, basis, rows, cols)
+        return lifted.add_(rest.mul_(self.state_free_scale)).mul_(self.scale)

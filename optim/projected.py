@@ -24,13 +24,20 @@ class LazyRefresh:
     """Refresh less often where the subspace stays (Q-GaLore, arXiv:2407.08296, section 3.2).
 
     Whenever the mean overlap of the last ``queue`` bases with their predecessors reaches
-    ``threshold``, the gap of this matrix doubles.  The overlap is that of the subspaces,
-    |Qold' Qnew|^2 / rank, in 0 .. 1; the paper's cosine of first singular vectors depends on
-    their arbitrary signs.
+    ``threshold``, the gap of this matrix grows ``growth`` times.  The overlap is that of the
+    subspaces, |Qold' Qnew|^2 / rank, in 0 .. 1; the paper's cosine of first singular vectors
+    depends on their arbitrary signs.
     """
 
     threshold: float = 0.4
     queue: int = 5
+    growth: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.queue < 1 or not self.growth >= 1.0:
+            raise ValueError(
+                f"queue_size={self.queue} and gamma_proj={self.growth} must be at least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ class Projected(Brick):
         states["overlaps"][count % lazy.queue] = overlap
         states["refreshes"] += 1
         if count + 1 >= lazy.queue and bool(states["overlaps"].mean() >= lazy.threshold):
-            states["refresh_gap"] *= 2
+            states["refresh_gap"].fill_(round(int(states["refresh_gap"]) * lazy.growth))
 
 
 def as_matrix(shape: Shape) -> tuple[int, int]:

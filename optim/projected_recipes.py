@@ -1,14 +1,15 @@
 """Recipes whose moments live in a projection: GaLore and its relatives.
 
 Matrices (a model's linear layers, or two-dimensional parameters) are projected; embeddings, the
-output head, norms and biases get AdamW.  Keys of a param group (``rank``, ``update_proj_gap``,
-``scale``, ``proj_type``, and ``density``, ``update_gap`` for FRUGAL) override a recipe's own.
+output head, norms and biases get AdamW.  Keys of a param group override a recipe's own settings,
+under the names that the reference packages gave them; a value of theirs that means something
+else here is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from .adam import Adam
 from .apollo import Apollo, Scaling
@@ -17,12 +18,14 @@ from .choose import BrickOf, matrix_rule, projected_groups
 from .fira import Fira
 from .frugal import Frugal
 from .galore import GaLore
+from .grass import Selection
 from .grass import grass as grass_brick
 from .natural_galore import NaturalGradient
 from .parameters import ModelOrParams
 from .projected import Carry, LazyRefresh
-from .projector import Method, OrthogonalProjector, RandomProjector, Side, SliceProjector
+from .projector import Method, OrthogonalProjector, Projector, RandomProjector, Side
 from .recipes import Common, build
+from .slices import CoordinateProjector, SliceProjector
 from .torch_api import RuleOptimizer
 
 Betas = tuple[float, float]
@@ -114,7 +117,9 @@ def q_galore(
     scale: float = 0.25,
     proj_type: Side = "std",
     cos_threshold: float = 0.4,
+    gamma_proj: float = 2.0,
     queue_size: int = 5,
+    quant_group_size: int = 128,
     carry: Carry = "re-project",
     master: str = "sr",
     **common: Unpack[Common],
@@ -126,7 +131,10 @@ def q_galore(
 
     def brick(group: Mapping[str, Any]) -> Brick:
         projector = OrthogonalProjector(
-            group.get("rank", rank), group.get("proj_type", proj_type), int4=True
+            group.get("rank", rank),
+            group.get("proj_type", proj_type),
+            int4=bool(group.get("quant", True)),
+            int4_block=group.get("quant_group_size", quant_group_size),
         )
         return GaLore(
             Adam(),
@@ -134,7 +142,9 @@ def q_galore(
             gap=group.get("update_proj_gap", update_proj_gap),
             carry=carry,
             lazy=LazyRefresh(
-                group.get("cos_threshold", cos_threshold), group.get("queue_size", queue_size)
+                group.get("cos_threshold", cos_threshold),
+                group.get("queue_size", queue_size),
+                group.get("gamma_proj", gamma_proj),
             ),
             scale=group.get("scale", scale),
         )
@@ -187,6 +197,7 @@ def apollo(
     update_proj_gap: int = 200,
     scale: float = 1.0,
     scale_type: Scaling = "channel",
+    proj: Literal["random", "svd"] = "random",
     proj_type: Side = "std",
     states: str = "fp32",
     master: str = "sr",
@@ -194,11 +205,15 @@ def apollo(
 ) -> RuleOptimizer:
     """Return APOLLO (arXiv:2412.05270): gradients scaled as a random projection of them would be.
 
-    State of an m x n matrix: 8 max(m, n) rank bytes with fp32 states, no basis.
+    State of an m x n matrix: 8 max(m, n) rank bytes with fp32 states, no basis.  ``proj="svd"``
+    projects on the leading singular subspace instead, and keeps that basis.
     """
 
     def brick(group: Mapping[str, Any]) -> Brick:
-        projector = RandomProjector(group.get("rank", rank), group.get("proj_type", proj_type))
+        used, side = group.get("rank", rank), group.get("proj_type", proj_type)
+        projector: Projector = RandomProjector(used, side)
+        if _choice(group, "proj", proj, ("random", "svd")) == "svd":
+            projector = OrthogonalProjector(used, side, method="svd")
         return Apollo(
             Adam(),
             projector,
@@ -250,11 +265,15 @@ def grass(
     rank: int = 128,
     update_proj_gap: int = 200,
     scale: float = 0.25,
+    selection: Selection = "top",
     states: str = "fp32",
     master: str = "sr",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return GRASS (arXiv:2406.17660), Top-r: AdamW on the slices of largest gradient norm."""
+    """Return GRASS (arXiv:2406.17660): AdamW on ``rank`` rows or columns chosen by gradient norm.
+
+    ``selection``: ``"top"`` (largest norms), ``"multinomial"`` (drawn by norm) or ``"uniform"``.
+    """
 
     def brick(group: Mapping[str, Any]) -> Brick:
         return grass_brick(
@@ -262,6 +281,7 @@ def grass(
             rank=group.get("rank", rank),
             gap=group.get("update_proj_gap", update_proj_gap),
             scale=group.get("scale", scale),
+            selection=selection,
         )
 
     hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -278,23 +298,31 @@ def frugal(
     density: float = 0.25,
     update_gap: int = 200,
     inactive_lr_scale: float = 1.0,
+    proj_params_lr_scale: float = 1.0,
+    projection: Literal["columns", "coordinates"] = "columns",
     states: str = "fp32",
     master: str = "sr",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return FRUGAL (arXiv:2411.07837): AdamW on ``density`` of the columns, signSGD on the rest.
+    """Return FRUGAL (arXiv:2411.07837): AdamW on ``density`` of a matrix, signSGD on the rest.
 
+    ``projection`` draws whole columns (of the shorter side) or single coordinates.
     ``inactive_lr_scale=0.1`` suits fine-tuning.  State: 8 density bytes a parameter.
     """
 
     def brick(group: Mapping[str, Any]) -> Brick:
-        projector = SliceProjector(density=group.get("density", density), choice="random")
+        share = group.get("density", density)
+        _choice(group, "inactive_update_rule", "sign_sgd", ("sign_sgd",))
+        projector: Projector = SliceProjector(density=share, choice="random")
+        if _choice({}, "projection", projection, ("columns", "coordinates")) == "coordinates":
+            projector = CoordinateProjector(share)
         return Frugal(
             Adam(),
             projector,
             gap=group.get("update_gap", update_gap),
-            carry="reset",
+            carry="reset" if group.get("reset_statistics", True) else "keep",
             state_free_scale=group.get("inactive_lr_scale", inactive_lr_scale),
+            scale=group.get("proj_params_lr_scale", proj_params_lr_scale),
         )
 
     hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -340,5 +368,19 @@ def _projected(
     common: Common,
 ) -> RuleOptimizer:
     params, is_matrix = projected_groups(model_or_params)
-    choose = matrix_rule(is_matrix, brick, states=states, master=master)
+
+    def checked(group: Mapping[str, Any]) -> Brick:
+        _choice(group, "dim", 2, (2,))
+        _choice(group, "quant_n_bit", 4, (4,))
+        return brick(group)
+
+    choose = matrix_rule(is_matrix, checked, states=states, master=master)
     return build(params, choose, hyper, common)
+
+
+def _choice(group: Mapping[str, Any], key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
+    """Return a group's value of a key, or the default; refuse values that are not offered."""
+    value = group.get(key, default)
+    if value not in allowed:
+        raise ValueError(f"{key}={value!r} is not offered; choose one of {list(allowed)}")
+    return value

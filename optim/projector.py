@@ -19,7 +19,7 @@ from torch import Tensor
 from ..quant.int4_group import Int4GroupCodec
 from .base import BasisChange, Kind, Slot, StepContext, float_slot
 from .seeds import fold_in
-from .spec import Shape, TensorSpec
+from .spec import Shape
 
 Side = Literal["std", "reverse_std", "left", "right"]
 Method = Literal["svd", "randomized", "power"]
@@ -110,8 +110,9 @@ class OrthogonalProjector(MatrixProjector):
 
     ``method``: ``"svd"`` is exact; ``"randomized"`` starts from noise; ``"power"`` starts from the
     last basis (from noise at first) and does ``iterations`` power steps with a QR each, tens of
-    times cheaper.  ``int4`` keeps the basis in 4 bits (Q-GaLore), half a byte and a group's scale
-    an element instead of 4.  The basis is a tensor of its own, never a view of the whole factor.
+    times cheaper.  ``int4`` keeps the basis in 4 bits (Q-GaLore), half a byte an element and a
+    bf16 scale every ``int4_block`` instead of 4 bytes.  The basis is a tensor of its own, never a
+    view of the whole factor.
     """
 
     rotates: ClassVar[bool] = True
@@ -119,6 +120,7 @@ class OrthogonalProjector(MatrixProjector):
     method: Method = "power"
     iterations: int = 2
     int4: bool = False
+    int4_block: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +133,7 @@ class OrthogonalProjector(MatrixProjector):
         shape = (self.extent(rows, cols), self.used_rank(rows, cols))
         if not self.int4:
             return {"projector": float_slot(shape, Kind.PLAIN)}
-        parts = Int4GroupCodec().spec(shape)
+        parts = Int4GroupCodec(self.int4_block).spec(shape)
         return {f"projector.{part}": Slot(spec, Kind.PLAIN) for part, spec in parts.items()}
 
     def refresh(self, grad: Tensor, states: Mapping[str, Tensor], context: StepContext) -> None:
@@ -147,7 +149,7 @@ class OrthogonalProjector(MatrixProjector):
             for _ in range(self.iterations):
                 found = torch.linalg.qr(tall @ (tall.T @ found))[0]
         if self.int4:
-            for part, value in Int4GroupCodec().encode(found.contiguous()).items():
+            for part, value in Int4GroupCodec(self.int4_block).encode(found.contiguous()).items():
                 states[f"projector.{part}"].copy_(value)
         else:
             states["projector"].copy_(found)
@@ -155,7 +157,8 @@ class OrthogonalProjector(MatrixProjector):
     def basis(self, rows: int, cols: int, states: Mapping[str, Tensor], period: int) -> Tensor:
         if not self.int4:
             return states["projector"]
-        codec, shape = Int4GroupCodec(), (self.extent(rows, cols), self.used_rank(rows, cols))
+        codec = Int4GroupCodec(self.int4_block)
+        shape = (self.extent(rows, cols), self.used_rank(rows, cols))
         return codec.decode(
             {part: states[f"projector.{part}"] for part in codec.spec(shape)}, shape
         )
@@ -196,66 +199,6 @@ class RandomProjector(MatrixProjector):
         rank = self.used_rank(rows, cols)
         shape = (self.extent(rows, cols), rank)
         return seeded_normal(shape, period, torch.device("cpu")).div_(math.sqrt(rank))
-
-
-@final
-@dataclass(frozen=True)
-class SliceProjector(Projector):
-    """Some rows or columns of the shorter side, chosen anew at every refresh.
-
-    ``choice="norm"`` takes those of largest norm (GRASS, arXiv:2406.17660, Top-r) and keeps their
-    int32 indices; ``"random"`` draws them from the seed and keeps nothing.
-    """
-
-    rotates: ClassVar[bool] = False
-
-    rank: int = 0
-    density: float = 0.25
-    choice: Literal["norm", "random"] = "norm"
-
-    def __post_init__(self) -> None:
-        if self.rank < 0 or not 0.0 <= self.density <= 1.0:
-            raise ValueError(
-                f"rank={self.rank} must not be negative and density={self.density} lies in 0 .. 1"
-            )
-
-    def count(self, rows: int, cols: int) -> int:
-        """Return how many slices are chosen: ``rank`` if it is given, else by ``density``."""
-        short = min(rows, cols)
-        return min(self.rank, short) if self.rank else max(round(self.density * short), 1)
-
-    def low_shape(self, rows: int, cols: int) -> Shape:
-        count = self.count(rows, cols)
-        return (count, cols) if rows < cols else (rows, count)
-
-    def slots(self, rows: int, cols: int) -> dict[str, Slot]:
-        if self.choice == "random":
-            return {}
-        spec = TensorSpec((self.count(rows, cols),), torch.int32)
-        return {"slices": Slot(spec, Kind.PLAIN)}
-
-    def refresh(self, grad: Tensor, states: Mapping[str, Tensor], context: StepContext) -> None:
-        if self.choice == "random":
-            return
-        rows, cols = grad.shape
-        norms = grad.square().sum(dim=1 if rows < cols else 0)
-        # A stable sort: equal norms keep their order on every device.
-        order = torch.sort(norms, descending=True, stable=True).indices
-        states["slices"].copy_(order[: self.count(rows, cols)].sort().values)
-
-    def basis(self, rows: int, cols: int, states: Mapping[str, Tensor], period: int) -> Tensor:
-        if self.choice == "norm":
-            return states["slices"].long()
-        generator = torch.Generator().manual_seed(period & 0x7FFF_FFFF_FFFF_FFFF)
-        drawn = torch.randperm(min(rows, cols), generator=generator)
-        return drawn[: self.count(rows, cols)].sort().values
-
-    def down(self, grad: Tensor, basis: Tensor) -> Tensor:
-        return grad.index_select(0 if grad.shape[0] < grad.shape[1] else 1, basis)
-
-    def up(self, low: Tensor, basis: Tensor, rows: int, cols: int) -> Tensor:
-        full = low.new_zeros((rows, cols))
-        return full.index_copy_(0 if rows < cols else 1, basis, low)
 
 
 def seeded_normal(shape: Shape, seed: int, device: torch.device) -> Tensor:

@@ -25,10 +25,11 @@ from headrace.optim.grass import grass
 from headrace.optim.lion import Lion
 from headrace.optim.natural_galore import NaturalGradient
 from headrace.optim.projected import LazyRefresh, Projected
-from headrace.optim.projector import OrthogonalProjector, RandomProjector, SliceProjector
+from headrace.optim.projector import OrthogonalProjector, RandomProjector
 from headrace.optim.restart import Restart
 from headrace.optim.sgd import Sgd
 from headrace.optim.sign import Sign
+from headrace.optim.slices import CoordinateProjector, SliceProjector
 from headrace.optim.spec import allocate
 from headrace.optim.stable_adamw import StableAdam
 from headrace.optim.storage import encoding_of, encodings
@@ -61,8 +62,12 @@ BRICKS = {
     "apollo-mini": Apollo(
         Adam(), RandomProjector(1), gap=3, carry="keep", scaling="tensor", scale=128.0
     ),
+    "apollo-svd": Apollo(Adam(), OrthogonalProjector(4, method="svd"), gap=3, carry="keep"),
     "grass": grass(Adam(), rank=4, gap=3),
+    "grass-multinomial": grass(Adam(), rank=4, gap=3, selection="multinomial"),
+    "grass-uniform": grass(Adam(), rank=4, gap=3, selection="uniform"),
     "frugal": Frugal(Adam(), SliceProjector(choice="random"), gap=3, carry="reset"),
+    "frugal-coordinates": Frugal(Adam(), CoordinateProjector(), gap=3, carry="reset"),
     "fira": Fira(Adam(), OrthogonalProjector(4), gap=3),
 }
 MASTERS = [
