@@ -13,10 +13,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapting import correct_adapters
     from .budgets import default_budgets, parse_bytes
     from .errors import DataError, InputError
     from .exporting import export
     from .loading import load
+    from .merging import merge_and_unload
     from .quantizing import quantize
     from .reporting import Report, report, statistics
     from .resuming import resume
@@ -32,9 +34,11 @@ _HOMES = MappingProxyType(
         "Trace": "tracing",
         "TuneOptions": "tuning",
         "TuneResult": "tuning",
+        "correct_adapters": "adapting",
         "default_budgets": "budgets",
         "export": "exporting",
         "load": "loading",
+        "merge_and_unload": "merging",
         "resume": "resuming",
         "parse_bytes": "budgets",
         "quantize": "quantizing",
@@ -53,9 +57,11 @@ __all__ = [
     "Trace",
     "TuneOptions",
     "TuneResult",
+    "correct_adapters",
     "default_budgets",
     "export",
     "load",
+    "merge_and_unload",
     "parse_bytes",
     "quantize",
     "report",

@@ -231,6 +231,12 @@ def _add_export(commands: Any) -> None:
     command.add_argument("--out", type=Path, required=True, help="folder to make")
     command.add_argument("--device-budget", default=None, help="bytes (default: what is free)")
     command.add_argument("--host-budget", default=None, help="bytes (default: what is free)")
+    command.add_argument(
+        "--format",
+        default=None,
+        help="of the merged weights: same (as the base has them), or one of quantize's "
+        "(default: ordinary weights)",
+    )
     command.set_defaults(run=_export)
 
 
@@ -242,6 +248,7 @@ def _export(chosen: argparse.Namespace) -> _Output:
         chosen.out,
         device_budget=chosen.device_budget,
         host_budget=chosen.host_budget,
+        format=chosen.format,
     )
     record = {"base": base, "adapters": str(chosen.folder), "out": str(chosen.out)}
     return _Output(f"{base} with the adapters of {chosen.folder} is in {chosen.out}", record)

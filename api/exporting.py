@@ -1,71 +1,65 @@
 """``export``: a streamed model as an ordinary Hugging Face folder, without gathering its weights.
 
-Chunks are read one after another, LoRA adapters on top are merged into their weights, fused or
-renamed tensors get their checkpoint names back, and every few chunks become one safetensors
-shard.  Memory beside the budgets: the largest chunk (at least 128 MiB), three times.  The folder
-appears whole or not at all.
+Chunks are read one after another, LoRA adapters on top are merged into their weights
+(``merged_weights``), fused or renamed tensors get their checkpoint names back, and every few
+chunks become one safetensors shard.  Weights that were encoded are written decoded, or encoded
+again.  Memory beside the budgets: the largest chunk, decoded (at least 128 MiB), three times.
+The folder appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
-import torch
 from torch import Tensor, nn
 
+from headrace.quant.codec import Codec
+from headrace.quant.fold import PendingTensor, default_choice, encode_folder
+from headrace.quant.registry import codec_for_format
+from headrace.quant.spec import TensorSpec
+
 from .errors import InputError
+from .merged_weights import MergedTensor, merged_chunks, tensor_list
 from .saving import check_new_folder, written_whole
 
 if TYPE_CHECKING:
     from .streamed_model import StreamedModel
 
 SHARD_BYTES = 128 << 20
+#: Every weight with the codec that it had.
+SAME = "same"
 
 
-def export(model: nn.Module, folder: str | Path) -> None:
-    """Write a streamed model, LoRA adapters merged, to a new folder that ``from_pretrained`` opens.
+def export(model: nn.Module, folder: str | Path, *, format: str | Codec | None = None) -> None:
+    """Write a streamed model, LoRA adapters merged, to a new folder.
 
     ``model`` is what ``headrace.load`` returned, or PEFT's wrapper around it.  Merging adds each
     adapter's product to its weight in fp32 and rounds once, as PEFT's own merge does.
+
+    ``format`` None writes ordinary weights in the model's type (encoded ones decoded), which
+    ``from_pretrained`` opens.  ``"same"`` encodes every weight again with the codec that it had;
+    a format word or a codec encodes all linear layers with that, as ``headrace.quantize`` does
+    (the merged weights are rounded again: expect the error of one more encoding).
 
     Example: ``headrace.export(model, "tuned")``.
     """
     target = Path(folder)
     check_new_folder(target)
     with written_whole(target) as partial:
-        write_model(model, partial)
+        write_model(model, partial, format=format)
 
 
-def write_model(model: nn.Module, folder: Path) -> None:
+def write_model(model: nn.Module, folder: Path, *, format: str | Codec | None = None) -> None:
     """Write config and weight shards into an empty folder."""
-    from safetensors.torch import save_file
-
-    streamed = streamed_model_of(model)
-    deltas = _deltas(model)
-    weight_map: dict[str, str] = {}
-    written: list[Path] = []
-    total_bytes = 0
-    for tensors in _shards(streamed, deltas):
-        path = folder / f"model-{len(written) + 1:05d}.safetensors"
-        save_file(tensors, path, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, path.name))
-        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        written.append(path)
-    final = {path.name: _shard_name(place, len(written)) for place, path in enumerate(written)}
-    for path in written:
-        path.rename(folder / final[path.name])
-    if len(written) > 1:
-        index = {
-            "metadata": {"total_size": total_bytes},
-            "weight_map": {name: final[file] for name, file in sorted(weight_map.items())},
-        }
-        path = folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _write_config(streamed, folder)
+    if format is None:
+        _write_ordinary(model, folder)
+    else:
+        _write_encoded(model, folder, format)
+    _write_config(streamed_model_of(model), folder)
 
 
 def streamed_model_of(model: nn.Module) -> StreamedModel:
@@ -78,24 +72,44 @@ def streamed_model_of(model: nn.Module) -> StreamedModel:
     raise InputError(f"{type(model).__name__} is not streamed; open it with headrace.load")
 
 
+def _write_ordinary(model: nn.Module, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    weight_map: dict[str, str] = {}
+    written: list[Path] = []
+    total_bytes = 0
+    for tensors in _shards(model):
+        path = folder / f"model-{len(written) + 1:05d}.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, path.name))
+        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        written.append(path)
+    final_name = {path.name: _shard_name(place, len(written)) for place, path in enumerate(written)}
+    for path in written:
+        path.rename(folder / final_name[path.name])
+    if len(written) > 1:
+        index = {
+            "metadata": {"total_size": total_bytes},
+            "weight_map": {name: final_name[file] for name, file in sorted(weight_map.items())},
+        }
+        path = folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def _shard_name(place: int, count: int) -> str:
     if count == 1:
         return "model.safetensors"
     return f"model-{place + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _shards(
-    streamed: StreamedModel, deltas: dict[int, list[nn.Module]]
-) -> Iterator[dict[str, Tensor]]:
+def _shards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Tensors under their checkpoint names, in groups of at least ``SHARD_BYTES``."""
     from transformers.core_model_loading import revert_weight_conversion
 
+    streamed = streamed_model_of(model)
     group: dict[str, Tensor] = {}
-    bound = streamed._runtime.bound
-    for chunk, tensors in streamed.chunk_tensors():
-        for name, parameter in bound[chunk].parameters.items():
-            for layer in deltas.get(id(parameter), []):
-                tensors[name] = _merged(tensors[name], layer)
+    for _, merged in merged_chunks(model):
+        tensors = {tensor.name: tensor.values() for tensor in merged}
         reverted = revert_weight_conversion(streamed, tensors)  # type: ignore[arg-type]
         group.update({name: tensor.contiguous() for name, tensor in reverted.items()})
         if sum(tensor.nbytes for tensor in group.values()) >= SHARD_BYTES:
@@ -105,38 +119,53 @@ def _shards(
         yield group
 
 
-def _deltas(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """The adapted layers, by the identity of the weight that they add to."""
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
+@final
+class _ChunkReader:
+    """Hands out the merged tensors of one chunk after another."""
 
-    found: dict[int, list[nn.Module]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        if not isinstance(module, LoraLayer) or not isinstance(module, nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        self._chunks = merged_chunks(model)
+        self._chunk: str | None = None
+        self._tensors: dict[str, MergedTensor] = {}
+
+    def read(self, chunk: str, name: str) -> Tensor:
+        """One tensor; chunks are asked for in the model's order."""
+        while self._chunk != chunk:
+            self._tensors = {}  # before the next chunk is read, not after
+            self._chunk, tensors = next(self._chunks)
+            self._tensors = {tensor.name: tensor for tensor in tensors}
+        return self._tensors[name].values()
+
+
+def _write_encoded(model: nn.Module, folder: Path, format: str | Codec) -> None:
+    listed = tensor_list(model)
+    if format == SAME:
+        codecs = {tensor.name: tensor.slot.codec for _, tensor in listed if tensor.slot}
+        if not codecs:
             raise InputError(
-                f"{name} carries a {type(module).__name__}; only LoRA adapters can be merged. "
-                f"Save the adapter with save_pretrained instead."
+                f"format {SAME!r} encodes each weight with the codec that it had, but no weight "
+                f"of this model is encoded; name a format, or leave it out"
             )
-        variants = [a for a in module.active_adapters if a in module.lora_variant]
-        if variants or any(module.lora_bias.get(a, False) for a in module.active_adapters):
-            raise InputError(
-                f"{name}: adapters with DoRA, a bias or another variant of LoRA cannot be merged "
-                f"by streaming. Save the adapter with save_pretrained instead."
-            )
-        weight = module.get_base_layer().weight
-        found.setdefault(id(weight), []).append(module)
-    return found
+
+        def choose(name: str, spec: TensorSpec) -> Codec | None:
+            return codecs.get(name)
+
+    else:
+        codec = codec_for_format(format) if isinstance(format, str) else format
+        choose = default_choice(codec)
+    reader = _ChunkReader(model)
+    pending = [
+        PendingTensor(
+            tensor.name, TensorSpec(tensor.shape, tensor.dtype), _read(reader, chunk, tensor.name)
+        )
+        for chunk, tensor in listed
+    ]
+    source = {"model": str(streamed_model_of(model).config._name_or_path), "merged": "adapters"}
+    encode_folder(pending, folder, choose=choose, source=source, on_tensor=lambda report: None)
 
 
-@torch.no_grad()
-def _merged(weight: Tensor, layer: Any) -> Tensor:
-    merged = weight.to(torch.float32)
-    for adapter in layer.active_adapters:
-        if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
-            merged += layer.get_delta_weight(adapter).to(merged)
-    return merged.to(weight.dtype)
+def _read(reader: _ChunkReader, chunk: str, name: str) -> Callable[[], Tensor]:
+    return lambda: reader.read(chunk, name)
 
 
 def _write_config(streamed: Any, folder: Path) -> None:

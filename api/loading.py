@@ -34,6 +34,7 @@ from headrace.offload.source import ReadPlan
 from headrace.offload.timeline import Timeline
 from headrace.offload.workspace import Workspace
 from headrace.quant.folder import INDEX_NAME, EncodedFolder
+from headrace.quant.linear import EncodedModule, part_parameter_name
 from headrace.quant.model import declare_encoded, decoding_bytes
 
 from .budgets import default_budgets, parse_bytes
@@ -324,9 +325,18 @@ def _materialize(
     """Replace meta parameters by placeholders on the device, ties kept; buffers move too."""
     made: dict[int, nn.Parameter] = {}
     by_name: dict[str, nn.Parameter] = {}
+    parts = {
+        id(module._parameters[part_parameter_name(weight_name, part)])
+        for module in model.modules()
+        if isinstance(module, EncodedModule)
+        for weight_name, slot in module.encoded_slots.items()
+        for part in slot.codec.spec(slot.shape)
+    }
     for chunk in chunks:
         for name, parameter in chunk.parameters.items():
-            made[id(parameter)] = by_name[name] = streamed_parameter(
+            # Parts of encoded weights stay plain: their codec may be asked to decode the NaN.
+            make = nn.Parameter if id(parameter) in parts else streamed_parameter
+            made[id(parameter)] = by_name[name] = make(
                 placeholder(parameter, device), requires_grad=trainable
             )
     for module in model.modules():

@@ -1,14 +1,51 @@
-"""``headrace export``: the adapters of a finished run merged into their base, layer by layer."""
+"""Adapters merged into their base, layer by layer: ``headrace export`` and ``merge_and_unload``."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from torch import nn
+from transformers import PreTrainedModel
+
+from headrace.quant.codec import Codec
+
 from .errors import InputError
-from .exporting import write_model
+from .exporting import export, streamed_model_of, write_model
 from .preparation import load_tokenizer
 from .saving import check_new_folder, written_whole
+
+
+def merge_and_unload(
+    model: nn.Module, folder: str | Path, *, format: str | Codec | None = None
+) -> PreTrainedModel:
+    """Write a streamed model with its adapters merged, and open the result in its place.
+
+    What ``peft_model.merge_and_unload()`` does in memory, by streaming: the merged weights are
+    written to the new ``folder`` (see ``export`` for ``format``), ``model`` is closed, and the
+    folder is opened with the same device, budgets and micro-batch, without adapters.
+
+    Example::
+
+        base = headrace.load("model-nf4", train="adapters")
+        tuned = peft.get_peft_model(base, config)
+        ...
+        merged = headrace.merge_and_unload(tuned, "merged", format="same")
+    """
+    from .loading import load
+
+    streamed = streamed_model_of(model)
+    runtime = streamed._runtime
+    export(model, folder, format=format)
+    streamed.close()
+    return load(
+        Path(folder).absolute(),
+        train="none",
+        device=runtime.device,
+        device_budget=runtime.device_budget.limit_bytes,
+        host_budget=runtime.host_budget.limit_bytes,
+        micro_batch=runtime.micro_batch,
+    )
 
 
 def merge_adapters(
@@ -17,10 +54,12 @@ def merge_adapters(
     *,
     device_budget: int | str | None = None,
     host_budget: int | str | None = None,
+    format: str | Codec | None = None,
 ) -> str:
     """Write the base of an adapter folder with the adapters merged; return the base's name.
 
-    The base is streamed on the CPU within the budgets; it is never in memory whole.
+    The base is streamed on the CPU within the budgets; it is never in memory whole.  ``format``
+    is as in ``export``: ordinary weights, the codecs that the base has, or others.
     """
     check_new_folder(out)
     base = _base_of(folder)
@@ -42,7 +81,7 @@ def merge_adapters(
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
         with written_whole(out) as partial:
-            write_model(adapted, partial)
+            write_model(adapted, partial, format=format)
             tokenizer.save_pretrained(partial)
     finally:
         model.close()

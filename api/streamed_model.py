@@ -23,6 +23,7 @@ from headrace.offload.loss import LazyLogits, StreamedHead
 from headrace.offload.runtime import Runtime
 from headrace.offload.schedule import Phase
 
+from .adapting import check_filled, fill_from_base
 from .errors import InputError
 from .training import Training
 
@@ -54,8 +55,27 @@ class StreamedModel(nn.Module):
     # Optimizers find the streamed parameters by this method (headrace.optim.ParameterHost).
     def bind_optimizer(self, optimizer: RuleOptimizer) -> Training:
         """Let ``optimizer``'s rules update the streamed parameters; opens the store."""
+        check_filled(self)
         self._training_side.bind(optimizer)
         return self._training_side
+
+    # PEFT sets this when its adapters are in place, and asks for it with hasattr before.
+    @property
+    def peft_config(self) -> Any:
+        """PEFT's configurations by adapter, as in any model with adapters."""
+        try:
+            return self.__dict__["_peft_config"]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no adapters") from None
+
+    @peft_config.setter
+    def peft_config(self, value: Any) -> None:
+        self.__dict__["_peft_config"] = value
+        fill_from_base(self)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["_peft_config"]
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip by the global norm at the next ``optimizer.step()``; returns the norm."""

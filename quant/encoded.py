@@ -165,7 +165,8 @@ def _frozen(tensor: EncodedTensor, what: str) -> ValueError:
     view = tensor.view_
     return ValueError(
         f"{what} would write to {view.owner.describe()}, which is kept encoded as "
-        f"{view.codec.name!r} and frozen; decode it, change the copy, and encode that"
+        f"{view.codec.name!r} and frozen; decode it, change the copy, and encode that (to merge "
+        f"adapters into a streamed base: headrace.merge_and_unload(model, folder))"
     )
 
 
@@ -176,7 +177,8 @@ def _stays_encoded(
     aten = torch.ops.aten
     view = args[0].view_
     rank = len(view.shape)
-    if func in (aten.detach.default, aten.alias.default):
+    # A copy of what cannot change is the same; writing to it is refused as for the original.
+    if func in (aten.detach.default, aten.alias.default, aten.clone.default):
         return view
     if func is aten.t.default and rank == 2:
         return replace(view, transposed=not view.transposed)

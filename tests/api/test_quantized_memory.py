@@ -73,7 +73,7 @@ def _weight_map(files: list[Path]) -> list[tuple[str, str]]:
     pairs = []
     for path in files:
         with safe_open(path, framework="pt") as shard:
-            pairs += [(name, path.name) for name in shard.keys()]  # noqa: SIM118
+            pairs += [(name, path.name) for name in shard.keys()]
     return pairs
 
 
