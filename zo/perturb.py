@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import philox
-from .host import noise_kernels
+from .host import noise_kernels, weight_kernels
 from .noise import Factor, Kind, noise
 
 TILE_ELEMENTS = 1 << 20
@@ -82,7 +82,7 @@ def write_perturbed(
     _check_pair(out, weight)
     source, target = weight.detach().view(-1), out.detach().view(-1)
     if _has_kernel(source):
-        noise_kernels.perturb(
+        weight_kernels.perturb(
             _as_array(target),
             _as_array(source),
             scale=scale,
@@ -140,7 +140,7 @@ def apply_update(
     if len({len(update.grads) for update in updates}) != 1:
         raise ValueError("updates applied in one call must have equally many directions")
     if _has_kernel(flat):
-        noise_kernels.update(
+        weight_kernels.update(
             _as_array(flat),
             stochastic=rounding is Rounding.STOCHASTIC,
             kind=noise_kernels.KIND_CODES[kind.value],

@@ -6,17 +6,18 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from .noise_kernels import _load, _options, _round_bfloat16, _store
+from .philox_kernels import OPTIONS
+from .weight_kernels import load, round_bfloat16, store
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _merge(weight, bfloat16, left, rows):  # type: ignore[no-untyped-def]
     columns = weight.shape[1]
     w = np.empty(columns, np.float32)
     total = np.empty(columns, np.float32)
     for row in range(weight.shape[0]):
         tile = weight[row]
-        _load(w, tile, bfloat16)
+        load(w, tile, bfloat16)
         for index in range(columns):
             total[index] = np.float32(0.0)
         for rank in range(rows.shape[0]):
@@ -26,11 +27,11 @@ def _merge(weight, bfloat16, left, rows):  # type: ignore[no-untyped-def]
                 total[index] = total[index] + scale * factor[index]
         if bfloat16:
             for index in range(columns):
-                w[index] = _round_bfloat16(np.float32(w[index] + total[index]))
+                w[index] = round_bfloat16(np.float32(w[index] + total[index]))
         else:
             for index in range(columns):
                 w[index] = w[index] + total[index]
-        _store(tile, w, bfloat16)
+        store(tile, w, bfloat16)
 
 
 def merge(
