@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from headrace.offload.schedule import Phase
 
 from .adapting import check_filled, fill_from_base
 from .errors import InputError
+from .pretrained import load_weights, mismatches, places, save_weights, stored_tensors
 from .training import Training
 
 if TYPE_CHECKING:
@@ -80,6 +82,37 @@ class StreamedModel(nn.Module):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip by the global norm at the next ``optimizer.step()``; returns the norm."""
         return self._training_side.clip_grad_norm_(max_norm)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # Takes what is for streamed parameters; torch goes on with the rest.
+        found = {n: p for n, p in places(self).items() if prefix + n in state_dict}
+        tensors = {name: state_dict.pop(prefix + name) for name in found}
+        wrong = mismatches(self, tensors.items())
+        error_msgs += wrong
+        if tensors and not wrong:
+            given: dict[str, dict[str, Tensor]] = {}
+            for name, (chunk, slot) in found.items():
+                given.setdefault(chunk, {})[slot] = tensors[name]
+            load_weights(self, given, trained=self._training_side.trains_everything)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        loaded = {prefix + name for name in found}
+
+        def not_missing(module: nn.Module, incompatible: Any) -> None:
+            handle.remove()
+            missing_keys[:] = [key for key in missing_keys if key not in loaded]
+
+        handle = self.register_load_state_dict_post_hook(not_missing)
 
     def close(self) -> None:
         """Flush updates, stop the lanes, free memory; the model cannot be used afterwards."""
@@ -247,24 +280,50 @@ def _loss_function(kind: type[nn.Module]) -> property:
 
 def _state_dict(kind: type[nn.Module]) -> Callable[..., Any]:
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Entries of streamed weights are read when they are used; see ``StoredTensor``."""
         state = kind.state_dict(self, *args, **kwargs)
         prefix = kwargs.get("prefix", "")
-        total = sum(chunk.layout.nbytes for chunk in self._runtime.engine.chunks.values())
-        warnings.warn(
-            f"state_dict() of a streamed model gathers {total:,} bytes of weights in ordinary "
-            f"memory, beyond host_budget. headrace.export(model, folder) streams them instead.",
-            stacklevel=2,
-        )
-        by_parameter: dict[int, Tensor] = {}
-        for chunk, tensors in self.chunk_tensors():
-            for name, parameter in self._runtime.bound[chunk].parameters.items():
-                by_parameter[id(parameter)] = tensors[name]
+        stored = stored_tensors(self)
         for name, parameter in self.named_parameters(remove_duplicate=False):
-            if id(parameter) in by_parameter and prefix + name in state:
-                state[prefix + name] = by_parameter[id(parameter)]
+            if id(parameter) in stored and prefix + name in state:
+                state[prefix + name] = stored[id(parameter)]
         return state
 
     return state_dict
+
+
+def _save_pretrained(kind: type[nn.Module]) -> Callable[..., Any]:
+    original: Any = kind.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(
+        self: Any,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if state_dict is not None or getattr(self, "_hf_peft_config_loaded", False):
+            # Weights that the caller holds, or adapters that transformers itself put in.
+            original(self, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
+        if kwargs.get("variant") is not None or not kwargs.get("save_original_format", True):
+            raise HeadraceError(
+                "a streamed model is saved in the checkpoint's own layout, without a variant; "
+                "leave variant= and save_original_format= out"
+            )
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        save_weights(self, folder)
+        self._training_side.saved.model_was_saved(folder)
+        if push_to_hub:
+            repo = kwargs.pop("repo_id", folder.name)
+            taken = ("commit_message", "private", "token", "revision", "create_pr")
+            self.push_to_hub(repo, **{k: v for k, v in kwargs.items() if k in taken})
+
+    return save_pretrained
 
 
 def streamed_class(kind: type[nn.Module]) -> type[nn.Module]:
@@ -272,6 +331,7 @@ def streamed_class(kind: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {
         "forward": _streamed_forward(kind),
         "state_dict": _state_dict(kind),
+        "save_pretrained": _save_pretrained(kind),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,

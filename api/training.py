@@ -29,6 +29,7 @@ from headrace.offload.transfer import Transfer
 from headrace.offload.update import RING_SLABS, StateTiles, Updates
 from headrace.offload.write_back import import_chunk, rebase
 
+from .optimizer_states import SavedStates
 from .run_state import (
     capture_generators,
     capture_resident,
@@ -82,6 +83,7 @@ class Training:
         # What ``user_state`` gave at the step that was resumed; None in a new run.
         self.resumed_user: dict[str, Any] | None = None
         self._resident_steps = 0
+        self.saved = SavedStates(runtime)
 
     # Binding
 
@@ -452,11 +454,22 @@ class Training:
         return commit
 
     def state_dict(self) -> dict[str, Any]:
-        """Step counters; the states themselves are in the store."""
-        updates = self._runtime.updates
-        return {"slot_steps": dict(updates.slot_steps) if updates is not None else {}}
+        """Step counters and where the states are; see ``optimizer_states.SavedStates``."""
+        return self.saved.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore step counters."""
-        if self._runtime.updates is not None:
-            self._runtime.updates.slot_steps = dict(state["slot_steps"])
+        """Bring counters and states back, and commit them."""
+        if self.saved.load_state_dict(state):
+            self.commit_now()
+
+    @property
+    def trains_everything(self) -> bool:
+        """Whether the model was loaded with train="all"."""
+        return self._options is not None and self._options.meta.get("train") == "all"
+
+    def commit_now(self) -> None:
+        """Make what was loaded into the store survive a crash, outside of any step."""
+        options, store = self._options, self._runtime.store
+        if store is not None and options is not None and options.durability != "none":
+            user, blobs = self._record()
+            store.commit(user, blobs=blobs)

@@ -27,6 +27,7 @@ from .errors import HeadraceError
 from .gradient import Gradients, HostGradient
 from .pool import Slab
 from .protocols import UpdateRule
+from .schedule import Phase
 from .store import Store
 from .timeline import LaneName
 from .transfer import FutureTransfer, Transfer
@@ -120,6 +121,41 @@ class StateTiles:
                 if resident is None:
                     self._slab_writes[i % len(self._ring)] = write
 
+    def tiles(self) -> list[tuple[str, Tile]]:
+        """Every tile with its chunk's name, in order."""
+        return [(name, tile) for name, of_chunk in self._tiles.items() for tile in of_chunk]
+
+    def exists(self, tile: Tile) -> bool:
+        """Whether the states of a tile have been made: not before the first update."""
+        return tile.region in self._loaded or self._store.written(tile.region)
+
+    def read(self, tile: Tile) -> memoryview:
+        """The bytes of a tile that exists, valid until the next call; no update may run."""
+        slab = self._slab_of(tile)
+        if tile.region not in self._loaded:
+            self._store.read(tile.region, slab.view[: tile.nbytes]).wait()
+        return slab.view[: tile.nbytes]
+
+    def replace(self, tile: Tile, fill: Callable[[Tensor], None]) -> None:
+        """Let ``fill`` write a tile's bytes anew (flat uint8); no update may run."""
+        slab = self._slab_of(tile)
+        buffer = slab_tensor(slab)[: tile.nbytes]
+        fill(buffer)
+        del buffer
+        resident = slab is not self._ring[0]
+        if resident:
+            self._loaded.add(tile.region)
+        if self._write_through or not resident:
+            self._store.write(tile.region, slab.view[: tile.nbytes]).wait()
+
+    def _slab_of(self, tile: Tile) -> Slab:
+        self.settle()
+        for name, slabs in self._resident.items():
+            for slab, own in zip(slabs, self._tiles[name], strict=True):
+                if own.region == tile.region:
+                    return slab
+        return self._ring[0]
+
     def settle(self) -> None:
         """Wait for every write begun so far."""
         for write in self._writes.values():
@@ -184,6 +220,28 @@ class Updates:
         self.steps, self.skipped_steps = steps, skipped_steps
         self.slot_steps = dict(slot_steps)
         self._steps_before = dict(slot_steps)
+
+    # States as a whole
+
+    @property
+    def states(self) -> StateTiles:
+        """Where the states are; only to be touched after ``flush``, when no update runs."""
+        return self._states
+
+    def begin_anew(self, chunk: str, tile: Tile) -> None:
+        """Make the states of a tile what they are before the first update."""
+        with self._engine.use_host(chunk, Phase.FORWARD) as weights:
+
+            def fill(buffer: Tensor) -> None:
+                buffer.zero_()
+                for piece in tile.pieces:
+                    rule = self._slot_update(piece.slot.name)[0]
+                    weight = weights[piece.slot.name]
+                    if rule.elementwise:
+                        weight = weight.view(-1)[piece.start : piece.stop]
+                    rule.init_states(weight, piece.state_views(buffer))
+
+            self._states.replace(tile, fill)
 
     # Gradients arrive
 
