@@ -81,7 +81,7 @@ class WriteBack:
     def changing(self, chunk: Chunk) -> Iterator[None]:
         """Inside a device visit: the body changes the device bytes, which are then saved."""
         assert chunk.users and chunk.slot is not None, chunk
-        self._wait_for(chunk)
+        self.wait_for(chunk)
         yield
         engine = self._engine
         nbytes = chunk.layout.nbytes
@@ -111,14 +111,14 @@ class WriteBack:
     def changing_host(self, chunk: Chunk) -> Iterator[None]:
         """Inside a host visit: the body changes the slab, which is then saved."""
         assert chunk.users and chunk.slab is not None, chunk
-        self._wait_for(chunk)
+        self.wait_for(chunk)
         if chunk.residency is Residency.BOTH:
             self._engine.drop_device(chunk)
         yield
         self._begin(chunk)
         self._write(chunk)
 
-    def _wait_for(self, chunk: Chunk) -> None:
+    def wait_for(self, chunk: Chunk) -> None:
         """Wait until an earlier change of the chunk is on disk: its write still reads the slab."""
         while chunk.writing:
             self._engine.wait_for(self._engine.oldest_in_flight(), f"write {chunk.name}")

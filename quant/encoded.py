@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -39,6 +39,10 @@ class PartsOwner(ABC):
     @abstractmethod
     def describe(self) -> str:
         """Return what error messages call this tensor."""
+
+    @abstractmethod
+    def key(self) -> Hashable:
+        """Return what two owners of the same parts, and no others, have in common."""
 
 
 @final
@@ -81,6 +85,8 @@ class EncodedTensor(torch.Tensor):
     """
 
     view_: EncodedView
+    #: transformers' initialisers ask tensors for this, and leave alone what has its values.
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(cls, view: EncodedView, device: torch.device) -> EncodedTensor:

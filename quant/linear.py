@@ -49,6 +49,9 @@ class _PartsInModule(PartsOwner):
     def describe(self) -> str:
         return f"{type(self._module).__name__}.{self._weight_name}"
 
+    def key(self) -> tuple[int, str]:
+        return id(self._module), self._weight_name
+
 
 def part_parameter_name(weight_name: str, part_name: str) -> str:
     """Return the parameter name of a part, in modules and in files.

@@ -98,6 +98,11 @@ class FactoredTrace(Trace):
             self._index = index
         return self._window
 
+    @property
+    def window_end(self) -> int:
+        """First step after the window that was opened last; 0 before the first one."""
+        return (self._index + 1) * self._directions.window_steps
+
     def retire(self, step: int) -> tuple[Tensor, Tensor] | None:
         """``settle`` for weights that are not at hand: the factors (L, R) still to be merged."""
         if self._window is None or step // self._directions.window_steps == self._index:
@@ -138,6 +143,7 @@ def merge(weight: Tensor, left: Tensor, right: Tensor) -> None:
             array, np.ascontiguousarray(left.numpy()), np.ascontiguousarray(rows.numpy())
         )
         return
+    left, rows = left.to(target.device), rows.to(target.device)
     total = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
     for column in range(rows.shape[0]):
         total = total + left[:, column : column + 1] * rows[column]

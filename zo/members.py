@@ -8,7 +8,7 @@ model's code is untouched, and modules nobody prepared for work as long as they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -17,17 +17,28 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..quant.encoded import EncodedTensor
+from .adapter import Adapter
 from .estimate import Member
 from .factored import Window
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedMatrix:
-    """A weight of the model, its name, and the window that holds its factors."""
+    """A weight of the model, its name, and the window that holds its factors.
+
+    ``adapter``: closed windows, for a weight that they cannot be merged into.
+    """
 
     name: str
     weight: Tensor
     window: Window
+    adapter: Adapter | None = None
+
+
+def whole_table(name: str) -> Tensor | None:
+    """Every table holds all of its rows."""
+    return None
 
 
 @final
@@ -39,10 +50,18 @@ class MemberForward(TorchFunctionMode):
     """
 
     def __init__(
-        self, matrices: Sequence[TrainedMatrix], members: Sequence[Member], *, seed: int, eps: float
+        self,
+        matrices: Sequence[TrainedMatrix],
+        members: Sequence[Member],
+        *,
+        seed: int,
+        eps: float,
+        rows_of: Callable[[str], Tensor | None] = whole_table,
     ) -> None:
+        """``rows_of(name)``: which rows of a table its weight holds at present (None: all)."""
         super().__init__()
-        self._matrices: Mapping[int, TrainedMatrix] = {id(m.weight): m for m in matrices}
+        self._matrices: Mapping[Hashable, TrainedMatrix] = {_key(m.weight): m for m in matrices}
+        self._rows_of = rows_of
         self._members = tuple(members)
         self._seed = seed
         self._steps = torch.tensor([eps * member.sign for member in members])[:, None, None]
@@ -77,37 +96,57 @@ class MemberForward(TorchFunctionMode):
         return stack if pending is None else stack.add_(pending)
 
     def _after_linear(self, output: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
-        matrix = self._matrices.get(id(weight))
-        lefts = None if matrix is None else self.lefts(matrix)
-        if matrix is None or lefts is None:
+        matrix = self._matrix(weight)
+        if matrix is None:
             return output
-        inner = self._split(inputs, matrix.name) @ matrix.window.right.to(inputs)
-        # In place and fused: the output of the base matmul is read and written once.
-        wide = output.view(len(self._members), -1, output.shape[-1])
-        wide.baddbmm_(inner, lefts.to(inputs).transpose(1, 2))
+        lefts = self.lefts(matrix)
+        if lefts is not None:
+            inner = self._split(inputs, matrix.name) @ matrix.window.right.to(inputs)
+            # In place and fused: the output of the base matmul is read and written once.
+            wide = output.view(len(self._members), -1, output.shape[-1])
+            wide.baddbmm_(inner, lefts.to(inputs).transpose(1, 2))
+        if matrix.adapter is not None and (kept := matrix.adapter.factors) is not None:
+            left, right = kept
+            inner = inputs.reshape(-1, inputs.shape[-1]) @ right.to(inputs)
+            output.view(-1, output.shape[-1]).addmm_(inner, left.to(inputs).T)
         return output
 
     def _after_addmm(self, output: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
-        matrix = self._matrices.get(id(weight))
-        lefts = None if matrix is None else self.lefts(matrix)
-        if matrix is None or lefts is None:
+        matrix = self._matrix(weight)
+        if matrix is None:
             return output
-        rows = self._split(inputs, matrix.name)
-        inner = torch.bmm(rows, lefts.to(inputs))
-        difference = inner @ matrix.window.right.to(inputs).T
-        return output.add_(difference.view(output.shape))
+        lefts = self.lefts(matrix)
+        if lefts is not None:
+            rows = self._split(inputs, matrix.name)
+            inner = torch.bmm(rows, lefts.to(inputs))
+            difference = inner @ matrix.window.right.to(inputs).T
+            output.add_(difference.view(output.shape))
+        if matrix.adapter is not None and (kept := matrix.adapter.factors) is not None:
+            left, right = kept
+            output.addmm_(inputs @ left.to(inputs), right.to(inputs).T)
+        return output
 
     def _after_embedding(self, output: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
-        matrix = self._matrices.get(id(weight))
-        lefts = None if matrix is None else self.lefts(matrix)
-        if matrix is None or lefts is None:
+        matrix = self._matrix(weight)
+        if matrix is None or matrix.adapter is not None:
             return output
+        lefts = self.lefts(matrix)
+        if lefts is None:
+            return output
+        rows = self._rows_of(matrix.name)
+        if rows is not None:
+            tokens = rows.to(tokens.device)[tokens]
         if tokens.shape[0] % len(self._members):
             raise self._misfit(matrix.name, tuple(tokens.shape))
-        ids = tokens.reshape(len(self._members), -1)
+        ids = tokens.reshape(len(self._members), -1).to(lefts.device)
         picked = torch.stack([left[index] for left, index in zip(lefts, ids, strict=True)])
         difference = picked.to(output) @ matrix.window.right.to(output).T
         return output + difference.view(output.shape)
+
+    def _matrix(self, weight: Tensor) -> TrainedMatrix | None:
+        matrix = self._matrices.get(_key(weight))
+        # A part of an encoded weight (one expert of a stack) has the whole's key.
+        return None if matrix is None or matrix.weight.shape != weight.shape else matrix
 
     def _split(self, tensor: Tensor, name: str) -> Tensor:
         """[batch, ..., width] as [members, rows, width]; a view if the tensor is contiguous."""
@@ -120,6 +159,13 @@ class MemberForward(TorchFunctionMode):
             f"{name} was called with {shape}, which does not split into {len(self._members)} "
             "members along the batch axis; leave this weight out of `select`"
         )
+
+
+def _key(weight: Tensor) -> Hashable:
+    """What all tensors that stand for one weight have in common."""
+    if isinstance(weight, EncodedTensor):  # made anew at every use
+        return weight.view_.owner.key()
+    return id(weight)
 
 
 def _pick(args: Sequence[Any], named: Mapping[str, Any], *names: str) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         digest = xxhash.xxh3_128_hexdigest(data.data)
         lines.append(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0{digest}")
+        del tensor, data  # views of memory that the next tensor may need
     return xxhash.xxh3_128_hexdigest("\n".join(sorted(lines)).encode())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..quant.linear import EncodedModule
 from .directions import Directions
 from .factored import Factored
 
@@ -49,6 +50,8 @@ def matrices_of(model: nn.Module, *, include_embeddings: bool = False) -> set[in
     embeddings: set[int] = set()
     routed: set[int] = set()
     for path, module in model.named_modules():
+        if isinstance(module, EncodedModule) and "weight" in module.encoded_slots:
+            continue  # its weight is no parameter; ``quantised.encoded_matrices`` finds it
         if isinstance(module, (nn.Linear, Conv1D)):
             (routed if "experts" in path.split(".") else linear).add(id(module.weight))
         elif isinstance(module, nn.Embedding):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from ..offload.errors import StoreFormatError
+from .aim import ActivationSubspace, Basis
 from .control import Clip, Control, RmsScale, Standardize
 from .dense import Dense
 from .directions import Directions
@@ -33,8 +34,9 @@ from .two_point import TwoPoint
 class ZOSettings:
     """What a zeroth-order run does: probe scale, directions, estimator, controls.
 
-    ``lr`` is the default of every step (schedulers give their own).  The defaults are MeZO's step:
-    two dense Gaussian probes, plain descent.
+    ``lr`` is the default of every step (schedulers give their own).  ``fp32_residual``: members of
+    a 16-bit model are evaluated with fp32 activations (``residual.Fp32Residual``).  The defaults
+    are MeZO's step: two dense Gaussian probes, plain descent.
 
     >>> ZOSettings(lr=1e-3, estimator=OneSided(15), directions=LowRank(15)).estimator.directions
     15
@@ -47,6 +49,7 @@ class ZOSettings:
     directions: Directions = Dense()  # noqa: RUF009
     controls: tuple[Control, ...] = ()
     weight_decay: float = 0.0
+    fp32_residual: bool = False
 
     def __post_init__(self) -> None:
         check_eps(self.eps)
@@ -104,6 +107,8 @@ def _bricks() -> dict[str, type]:
         LowRank,
         RandomSubspace,
         CoreAdam,
+        ActivationSubspace,
+        Basis,
         Clip,
         Standardize,
         RmsScale,
@@ -161,6 +166,10 @@ _SIMPLE = {
 _ABSTRACT = {
     "Estimator": Estimator,
     "Directions": Directions,
+    "Basis": Basis,
+    "tuple[tuple[str, ...], ...]": tuple,
+    "tuple[str, ...]": tuple,
+    "tuple[tuple[float, ...], ...]": tuple,
     "CoreAdam | None": (CoreAdam, type(None)),
 }
 
@@ -169,7 +178,8 @@ def _check_types(name: str, kind: type, fields: Mapping[str, Any]) -> None:
     for field in dataclasses.fields(kind):
         wanted: Any = _SIMPLE.get(str(field.type), _ABSTRACT.get(str(field.type), object))
         value = fields[field.name]
-        if isinstance(value, bool) or not isinstance(value, wanted):
+        wrong = isinstance(value, bool) != (field.type == "bool")
+        if wrong or not isinstance(value, wanted):
             raise TypeError(f"{name}.{field.name} cannot be {value!r}")
         if field.name == "controls" and not (
             isinstance(value, tuple) and all(isinstance(item, Control) for item in value)

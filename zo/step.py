@@ -31,7 +31,8 @@ from .factored import FactoredTrace
 from .log import LogHeader, ReplayLog, StepRecord
 from .members import MemberForward, TrainedMatrix
 from .noise import step_seed
-from .replay import fingerprint, places_of, trained_shapes, updates_of
+from .replay import places_of, trained_shapes, updates_of
+from .residual import Fp32Residual
 from .select import select_parameters
 from .settings import ZOSettings, check_lr, check_record
 from .weights import ResidentWeights, Weights
@@ -157,7 +158,7 @@ class ZOStep:
     def header(self) -> LogHeader:
         """The log header of a run that starts from the model's present weights."""
         return LogHeader(
-            base=fingerprint(self._weights.stored()),
+            base=self._weights.fingerprint(),
             settings={
                 "method": self._settings.to_json(),
                 "trained": {name: list(p.shape) for name, p in self._weights.parameters.items()},
@@ -204,14 +205,22 @@ class ZOStep:
         eps = self._settings.eps
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._weights.evaluating(members, seed=seed, eps=eps))
+            if self._settings.fp32_residual:
+                stack.enter_context(Fp32Residual())
             if factored:
                 matrices = [
                     TrainedMatrix(
-                        name, self._weights.parameters[name], trace.window(self._next_step)
+                        name,
+                        self._weights.parameters[name],
+                        trace.window(self._next_step),
+                        self._weights.adapter_of(name),
                     )
                     for name, trace in factored.items()
                 ]
-                stack.enter_context(MemberForward(matrices, members, seed=seed, eps=eps))
+                rows_of = self._weights.rows_of
+                stack.enter_context(
+                    MemberForward(matrices, members, seed=seed, eps=eps, rows_of=rows_of)
+                )
             yield
 
     @contextlib.contextmanager
@@ -253,6 +262,7 @@ class ZOStep:
         """Yield copies of the trained parameters as they stand, pending updates merged."""
         for name, weight in self._weights.stored():
             copy = weight.detach().clone()
+            del weight  # a view of memory that the next one may need
             self._weights.finish(name, copy)
             yield name, copy
 

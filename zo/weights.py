@@ -13,13 +13,16 @@ from contextlib import AbstractContextManager
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..quant.encoded import EncodedTensor
+from .adapter import Adapter
 from .dense import DenseTrace
 from .directions import Trace
 from .estimate import Member
 from .factored import FactoredTrace
 from .perturb import StepUpdate
+from .replay import fingerprint
 
 
 class Weights(ABC):
@@ -27,8 +30,23 @@ class Weights(ABC):
 
     @property
     @abstractmethod
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """Trained parameters by name; what ``.data`` holds is the implementation's business."""
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Trained parameters by name; what ``.data`` holds is the implementation's business.
+
+        An ``EncodedTensor`` among them is trained as a low-rank difference beside its codes.
+        """
+
+    def fingerprint(self) -> str:
+        """Fingerprint of the weights that the run begins with; reads them all."""
+        return fingerprint(self.stored())
+
+    def adapter_of(self, name: str) -> Adapter | None:
+        """The difference that is kept beside a parameter which is never written."""
+        return None
+
+    def rows_of(self, name: str) -> Tensor | None:
+        """Which rows of a table its ``.data`` holds at present (int64); None: all of them."""
+        return None
 
     @abstractmethod
     def attach(self, traces: Mapping[str, Trace]) -> None:
@@ -69,21 +87,34 @@ class Weights(ABC):
 class ResidentWeights(Weights):
     """Weights in ordinary parameters.  Dense members compute with a scratch copy of them all."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
         self._traces: Mapping[str, Trace] = {}
         self._copies: dict[str, Tensor] = {}
+        self._adapters = {
+            name: Adapter()
+            for name, parameter in parameters.items()
+            if isinstance(parameter, EncodedTensor)
+        }
 
     @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
+    def parameters(self) -> Mapping[str, Tensor]:
         return self._parameters
 
+    def adapter_of(self, name: str) -> Adapter | None:
+        return self._adapters.get(name)
+
     def attach(self, traces: Mapping[str, Trace]) -> None:
+        for name in self._adapters:
+            check_encoded(name, traces[name])
         self._traces = traces
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters.items():
-            yield name, parameter.detach()
+            if isinstance(parameter, EncodedTensor):
+                yield name, parameter.decode()
+            else:
+                yield name, parameter.detach()
 
     @contextlib.contextmanager
     def evaluating(self, members: Sequence[Member], *, seed: int, eps: float) -> Iterator[None]:
@@ -110,18 +141,36 @@ class ResidentWeights(Weights):
                 self._parameters[name].data = weight
 
     def apply(self, name: str, updates: list[StepUpdate]) -> None:
-        self._traces[name].apply(self._parameters[name].data, updates)
+        adapter, trace = self._adapters.get(name), self._traces[name]
+        if adapter is None:
+            trace.apply(self._parameters[name].data, updates)
+            return
+        assert isinstance(trace, FactoredTrace)
+        for update in updates:
+            keep_closed(adapter, trace, update.step)
+            trace.window(update.step).accumulate(update)
 
     def settle(self, step: int) -> None:
         for name, trace in self._traces.items():
-            if isinstance(trace, FactoredTrace):
+            if not isinstance(trace, FactoredTrace):
+                continue
+            if (adapter := self._adapters.get(name)) is not None:
+                keep_closed(adapter, trace, step)
+            else:
                 trace.settle(self._parameters[name].data, step)
 
     def finish(self, name: str, weight: Tensor) -> None:
+        if (adapter := self._adapters.get(name)) is not None:
+            adapter.merge_into(weight)
         self._traces[name].finish(weight)
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[None]:
+        if self._adapters:
+            raise ValueError(
+                f"{next(iter(self._adapters))} is encoded and takes no merge; write "
+                "ZOStep.export() (decoded weights) or the factors of adapter_of() to a folder"
+            )
         stored = {name: parameter.data for name, parameter in self._parameters.items()}
         try:
             for name, weight in stored.items():
@@ -135,3 +184,19 @@ class ResidentWeights(Weights):
 
     def close(self) -> None:
         self._copies.clear()
+
+
+def keep_closed(adapter: Adapter, trace: FactoredTrace, step: int) -> None:
+    """Move the factors of a window that has ended before ``step`` to the adapter."""
+    retired = trace.retire(step)
+    if retired is not None:
+        adapter.add(*retired)
+
+
+def check_encoded(name: str, trace: Trace) -> None:
+    """Refuse dense directions for a weight whose codes stay as they are."""
+    if not isinstance(trace, FactoredTrace):
+        raise ValueError(
+            f"{name} is encoded and its codes are fixed: train it with low-rank directions, or "
+            "train its scales (quantised.scale_parameters)"
+        )

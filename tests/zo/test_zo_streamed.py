@@ -90,7 +90,7 @@ def opened() -> Iterator[Callable[..., nn.Module]]:
         )
         models.append(model)
         if room == "disk":
-            least = model._runtime.engine.least_budgets()
+            least = headrace.runtime_of(model).engine.least_budgets()
             model.close()
             model = headrace.load(
                 folder,
@@ -115,7 +115,7 @@ def test_streamed_step_has_the_resident_bits(
     settings = METHODS[method]
     dense = isinstance(settings.directions, Dense)
     model = opened(folder, room)
-    weights = StreamedWeights(model, model._runtime, settings.directions)
+    weights = StreamedWeights(model, headrace.runtime_of(model), settings.directions)
     zo = ZOStep(model, settings, weights=weights, log=tmp_path / "log")
     losses = [zo.step_together(objective(b)).record.losses for b in batches(STEPS)]
     exported = dict(zo.export())
@@ -133,7 +133,7 @@ def test_streamed_step_has_the_resident_bits(
         again,
         tmp_path / "log",
         weights=lambda select: StreamedWeights(
-            again, again._runtime, settings.directions, select=select
+            again, headrace.runtime_of(again), settings.directions, select=select
         ),
     )
     for name, tensor in resumed.export():
@@ -148,7 +148,8 @@ def test_the_base_is_read_only_and_evaluation_sees_the_run(
     settings = METHODS["low rank"]
     model = opened(folder, "disk")
     batch = batches(1)[0]
-    zo = ZOStep(model, settings, weights=StreamedWeights(model, model._runtime, LowRank(4)))
+    weights = StreamedWeights(model, headrace.runtime_of(model), LowRank(4))
+    zo = ZOStep(model, settings, weights=weights)
     with zo.current():
         start = causal_lm_losses(model, batch, 1)[0]
     for _ in range(STEPS):
