@@ -24,8 +24,8 @@ from .bits import (
     KERNEL_OPTIONS,
     U16,
     U32,
-    bf16_nearest,
     bf16_stochastic,
+    bf16_untied,
     bits_float,
     float_bits,
     load,
@@ -38,8 +38,7 @@ from .bits import (
 def adam_root_step(g: Any, m: Any, v: Any, p: Any, scalars: Any) -> Any:
     """Return (m, v, p, sqrt(v)) after one step on one element; g is fp32."""
     lr, decay, b1, b2, o1, o2, c1, c2, eps, sign = scalars
-    g = F32(sign * g)
-    m = F32(F32(b1 * m) + F32(o1 * g))
+    m = F32(F32(b1 * m) + F32(F32(sign * o1) * g))
     v = F32(F32(b2 * v) + F32(F32(o2 * g) * g))
     root = F32(math.sqrt(v))
     d = F32(F32(m * c1) / F32(F32(root * c2) + eps))
@@ -75,11 +74,11 @@ def adamw_split(weight: Any, grad: Any, remainder: Any, m: Any, v: Any, scalars:
         p = bits_float(U32(U32(U32(U16(weight[i])) << U32(16)) + U32(I32(remainder[i]))))
         m[i], v[i], p = adam_step(load(grad, i), m[i], v[i], p, scalars)
         bits = untie(float_bits(p))
-        high = bf16_nearest(bits)
+        high = bf16_untied(bits)
         weight[i] = I16(high)
         # A NaN's remainder is zero: adding its low bits back could carry it out of the NaNs.
         low = U32(bits - U32(high << U32(16)))
-        remainder[i] = I16(low) if U32(bits & U32(0x7FFFFFFF)) <= U32(0x7F800000) else I16(0)
+        remainder[i] = I16(low) if p == p else I16(0)
 
 
 @njit(**KERNEL_OPTIONS)

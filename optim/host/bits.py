@@ -75,8 +75,14 @@ bits_float: Any = intrinsic(_bits_float)
 def bf16_nearest(bits: Any) -> Any:
     """Round fp32 bits to bf16 bits, ties to even; every NaN stays a NaN."""
     rounded = U32(bits + U32(0x7FFF) + (U32(bits >> U32(16)) & U32(1))) >> U32(16)
-    quiet = U32(bits >> U32(16)) | U32(0x40)
-    return U32(rounded) if U32(bits & U32(0x7FFFFFFF)) <= U32(0x7F800000) else U32(quiet)
+    return U32(rounded) if bits_float(bits) == bits_float(bits) else U32(0x7FC0)
+
+
+@njit(**KERNEL_OPTIONS)
+def bf16_untied(bits: Any) -> Any:
+    """Round ``untie``'s fp32 bits to bf16 bits: the only ties left are those that round up."""
+    rounded = U32(bits + U32(0x8000)) >> U32(16)
+    return U32(rounded) if bits_float(bits) == bits_float(bits) else U32(0x7FC0)
 
 
 @njit(**KERNEL_OPTIONS)
@@ -103,12 +109,9 @@ def mix32(x: Any) -> Any:
 def bf16_stochastic(bits: Any, index_low: Any, low_key: Any, high_word: Any) -> Any:
     """Round fp32 bits to bf16 bits by adding 16 random bits of the element's own counter."""
     noise = mix32(U32(mix32(U32(index_low ^ low_key)) ^ high_word))
+    # Infinities have 16 zero bits below, so that no noise moves them.
     rounded = U32(bits + U32(noise & U32(0xFFFF))) >> U32(16)
-    kept = U32(bits >> U32(16))
-    quiet = kept | U32(0x40)
-    magnitude = U32(bits & U32(0x7FFFFFFF))
-    special = U32(kept) if magnitude == U32(0x7F800000) else U32(quiet)
-    return U32(rounded) if magnitude < U32(0x7F800000) else special
+    return U32(rounded) if bits_float(bits) == bits_float(bits) else U32(0x7FC0)
 
 
 @njit(**KERNEL_OPTIONS)
@@ -194,7 +197,7 @@ def _settle(values: Any, i: Any, master: Any) -> Callable[..., Any] | None:
 
         def settle_bf16(values: Any, i: Any, master: Any) -> Any:
             bits = untie(float_bits(master))
-            values[i] = I16(bf16_nearest(bits))
+            values[i] = I16(bf16_untied(bits))
             return bits_float(bits)
 
         return settle_bf16

@@ -1,141 +1,138 @@
 """Fused AdamW and Lion with power-companded 8-bit states (``quant.companded``): one pass.
 
-Eight blocks of 128 elements are decoded into scratch that stays in the first-level cache, updated,
-and encoded again.  One simple loop a stage, so that each becomes SIMD code, with a constant inner
-length, so that no time goes into remainders; largest magnitudes are found on integer bit
+Eight blocks of 128 elements at a time: one loop decodes, steps and writes the weights, leaving
+the new states in scratch that stays in the first-level cache; a second one encodes them.  Two
+loops, because a block's scale is known only when all of it has been stepped.  Inner lengths are
+constant, so that no time goes into remainders; largest magnitudes are found on integer bit
 patterns, because float maxima do not vectorise.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
-from .adamw import adam_root_step
+from ...quant.companded import Law, law_of
+from .adamw import adam_step
 from .bits import F32, I32, KERNEL_OPTIONS, U32, bits_float, float_bits, load
 from .masters import read_master, write_master
+from .scratch import TILE, tile_pointer
 
 #: Elements that share a scale, and blocks that are worked on at a time (they fit the cache).
 BLOCK = 128
-BLOCKS = 8
+BLOCKS = TILE // BLOCK
+
+_SIGNED: Law = law_of(8, signed=True)
+_POSITIVE: Law = law_of(8, signed=False)
+_LEAD = F32(_SIGNED.lead)
+_UNLEAD = F32(_SIGNED.unlead)
+_SIGNED_INTO, _SIGNED_OUT = U32(_SIGNED.into), U32(_SIGNED.out)
+_POSITIVE_INTO, _POSITIVE_OUT = U32(_POSITIVE.into), U32(_POSITIVE.out)
+assert _SIGNED.lead == _POSITIVE.lead, "the kernels share one lead"
 
 
 @njit(**KERNEL_OPTIONS)
-def decode_signed(codes: Any, scales: Any, out: Any) -> None:
-    """Decode (blocks, 128) int8 patterns: sign(c) (c/127)^2 times each block's scale."""
-    step = F32(1.0) / F32(127 * 127)
-    for b in range(codes.shape[0]):
-        row, into, scale = codes[b], out[b], scales[b]
-        for j in range(BLOCK):
-            c = max(F32(np.int8(row[j])), F32(-127.0))  # -128 is never written and reads as -127
-            into[j] = F32(F32(F32(c * abs(c)) * step) * scale)
+def decode_signed(code: Any, step: Any) -> Any:
+    """Return the value of an int8 pattern; ``step`` is the block's scale over the lead."""
+    c = F32(np.int8(code))
+    sign = U32(float_bits(c) & U32(0x80000000))
+    squared = U32(U32(U32(float_bits(c) << U32(1)) - _SIGNED_OUT) & U32(0x7FFFFFFF))
+    unit = bits_float(U32(squared | sign))
+    return F32(unit * step) if code != np.uint8(0) else F32(0.0)
 
 
 @njit(**KERNEL_OPTIONS)
-def decode_positive(codes: Any, scales: Any, out: Any) -> None:
-    """Decode (blocks, 128) uint8 codes: (c/255)^4 times each block's scale."""
-    step = F32(1.0) / F32(255 * 255)
-    for b in range(codes.shape[0]):
-        row, into, scale = codes[b], out[b], scales[b]
-        for j in range(BLOCK):
-            c = F32(row[j])
-            r = F32(F32(c * c) * step)
-            into[j] = F32(F32(r * r) * scale)
+def decode_positive(code: Any, step: Any) -> Any:
+    """Return the value of a uint8 code."""
+    unit = bits_float(U32(U32(float_bits(F32(code)) << U32(2)) - _POSITIVE_OUT))
+    return F32(unit * step) if code != np.uint8(0) else F32(0.0)
 
 
 @njit(**KERNEL_OPTIONS)
-def largest(row: Any) -> Any:
-    """Return the largest magnitude of a block; NaN if any value is not finite."""
-    worst = I32(0)
-    for j in range(BLOCK):
-        worst = max(worst, I32(float_bits(row[j]) & U32(0x7FFFFFFF)))
-    return bits_float(U32(worst) if worst < I32(0x7F800000) else U32(0x7FC00000))
+def scale_of(worst: Any) -> Any:
+    """Return a block's scale from the largest bit pattern of a magnitude; NaN if not finite."""
+    return bits_float(U32(worst) if worst < U32(0x7F800000) else U32(0x7FC00000))
 
 
 @njit(**KERNEL_OPTIONS)
-def encode_signed(values: Any, codes: Any, scales: Any) -> None:
-    """Encode (blocks, 128) signed values."""
-    for b in range(codes.shape[0]):
-        row, into = values[b], codes[b]
-        scale = largest(row)
-        scales[b] = scale
-        inverse = F32(1.0) / F32(max(scale, F32(1e-30)))
-        for j in range(BLOCK):
-            x = F32(row[j] * inverse)
-            c = I32(min(F32(F32(F32(math.sqrt(abs(x))) * F32(127.0)) + F32(0.5)), F32(127.0)))
-            into[j] = np.uint8(-c if x < F32(0.0) else c)
+def into_unit(scale: Any) -> Any:
+    """Return the factor that scales a block's values to the lead."""
+    return F32(_LEAD / (scale if not scale < F32(1e-30) else F32(1e-30)))
 
 
 @njit(**KERNEL_OPTIONS)
-def encode_positive(values: Any, roots: Any, codes: Any, scales: Any) -> None:
-    """Encode (blocks, 128) values >= 0 by their roots; those above zero never become code 0."""
-    for b in range(codes.shape[0]):
-        row, into = roots[b], codes[b]
-        scale = largest(values[b])
-        scales[b] = scale
-        inverse = F32(1.0) / F32(math.sqrt(max(scale, F32(1e-30))))
-        for j in range(BLOCK):
-            root = F32(math.sqrt(F32(row[j] * inverse)))
-            c = min(F32(F32(root * F32(255.0)) + F32(0.5)), F32(255.0))
-            least = F32(1.0) if row[j] > F32(0.0) else F32(0.0)
-            into[j] = np.uint8(I32(max(c, least)))
+def encode_signed(value: Any, factor: Any) -> Any:
+    """Return the int8 pattern of a value."""
+    x = F32(bits_float(U32(float_bits(value) & U32(0x7FFFFFFF))) * factor)
+    root = bits_float(U32(U32(float_bits(x) >> U32(1)) + _SIGNED_INTO))
+    code = I32(float_bits(F32(root + F32(8388608.0))))
+    return np.uint8(I32(I32(0) - code) if value < F32(0.0) else code)
 
 
 @njit(**KERNEL_OPTIONS)
-def load_block(grad: Any, out: Any) -> None:
-    """Widen a block of gradients to fp32."""
-    for j in range(grad.shape[0]):
-        out[j] = load(grad, j)
+def encode_positive(value: Any, factor: Any) -> Any:
+    """Return the uint8 code of a value; one that is not zero never gets code 0."""
+    x = F32(value * factor)
+    root = bits_float(U32(U32(float_bits(x) >> U32(2)) + _POSITIVE_INTO))
+    code = I32(I32(float_bits(F32(root + F32(8388608.0)))) & I32(0xFF))
+    return np.uint8(max(code, I32(1)) if value > F32(0.0) else code)
 
 
 @njit(**KERNEL_OPTIONS)
-def read_masters(weight: Any, extra: Any, out: Any) -> None:
-    """Read a block of masters."""
-    for j in range(weight.shape[0]):
-        out[j] = read_master(weight, extra, j)
+def rows(values: Any) -> Any:
+    """View a flat array of whole blocks as (blocks, 128)."""
+    return values.reshape(values.shape[0] // BLOCK, BLOCK)
 
 
 @njit(**KERNEL_OPTIONS)
-def write_masters(
-    weight: Any, extra: Any, values: Any, base: Any, low_key: Any, high_word: Any
-) -> None:
-    """Write a block of masters and round them into the weight."""
-    for j in range(weight.shape[0]):
-        write_master(weight, extra, j, values[j], U32(base + U32(j)), low_key, high_word)
+def padded(part: Any) -> Any:
+    """Return a short run followed by zeros up to a whole block."""
+    whole = np.zeros(BLOCK, part.dtype)
+    whole[: part.shape[0]] = part
+    return whole
 
 
 @njit(**KERNEL_OPTIONS)
-def adam_block(x: Any, m: Any, v: Any, p: Any, count: Any, scalars: Any) -> None:
-    """Do Adam's arithmetic on fp32 scratch and leave sqrt(v) in ``x``.
-
-    Four arrays are few enough for LLVM to vectorise.
-    """
-    for j in range(count):
-        m[j], v[j], p[j], x[j] = adam_root_step(x[j], m[j], v[j], p[j], scalars)
-
-
-@njit(**KERNEL_OPTIONS)
-def lion_block(x: Any, m: Any, p: Any, count: Any, scalars: Any) -> None:
-    """Do Lion's arithmetic on fp32 scratch."""
-    lr, decay, b1, b2, o1, o2, _c1, _c2, _eps, sign = scalars
-    for j in range(count):
-        g = F32(sign * x[j])
-        c = F32(F32(b1 * m[j]) + F32(o1 * g))
-        m[j] = F32(F32(b2 * m[j]) + F32(o2 * g))
-        # sign(c) * lr, with sign(0) = 0 and NaN kept
-        d = lr if c > F32(0.0) else (F32(-lr) if c < F32(0.0) else F32(c * lr))
-        p[j] = F32(F32(p[j] * decay) - d)
-
-
-@njit(**KERNEL_OPTIONS)
-def widen(part: Any, padded: Any) -> None:
-    """Copy a short run of codes into zeroed whole blocks."""
-    padded[:] = 0
-    for j in range(part.shape[0]):
-        padded[j] = part[j]
+def adamw_blocks(
+    weight: Any, extra: Any, grad: Any, m_codes: Any, m_scale: Any, v_codes: Any, v_scale: Any,
+    scalars: Any, offset: Any, low_key: Any, high_key: Any,
+) -> None:  # fmt: skip
+    """Update whole blocks; ``offset`` is the first element's index, a multiple of the block."""
+    m, v = carray(tile_pointer(), (BLOCKS, BLOCK)), carray(tile_pointer(), (BLOCKS, BLOCK))
+    count = m_scale.shape[0]
+    # Rows instead of slices: no bounds to clamp.  ``extra`` may be empty; then it is never read.
+    weights, extras, grads = rows(weight), rows(extra), rows(grad)
+    m_rows, v_rows = rows(m_codes), rows(v_codes)
+    for first in range(0, count, BLOCKS):
+        blocks = min(BLOCKS, count - first)
+        for b in range(blocks):
+            row = first + b
+            # The high half of the 64-bit counter is constant in a block: 32-bit arithmetic.
+            index = offset + row * BLOCK
+            high_word, base = U32(U32(index >> 32) ^ high_key), U32(index & 4294967295)
+            w, e, g, mc, vc = weights[row], extras[row], grads[row], m_rows[row], v_rows[row]
+            mb, vb = m[b], v[b]
+            m_step, v_step = F32(m_scale[row] * _UNLEAD), F32(v_scale[row] * _UNLEAD)
+            m_worst, v_worst = U32(0), U32(0)
+            for j in range(BLOCK):
+                old_m, old_v = decode_signed(mc[j], m_step), decode_positive(vc[j], v_step)
+                p = read_master(w, e, j)
+                new_m, new_v, p = adam_step(load(g, j), old_m, old_v, p, scalars)
+                write_master(w, e, j, p, U32(base + U32(j)), low_key, high_word)
+                mb[j], vb[j] = new_m, new_v
+                m_worst = max(m_worst, U32(float_bits(new_m) & U32(0x7FFFFFFF)))
+                v_worst = max(v_worst, float_bits(new_v))  # no second moment is negative
+            m_scale[row], v_scale[row] = scale_of(m_worst), scale_of(v_worst)
+        for b in range(blocks):
+            row = first + b
+            mc, vc, mb, vb = m_rows[row], v_rows[row], m[b], v[b]
+            m_factor, v_factor = into_unit(m_scale[row]), into_unit(v_scale[row])
+            for j in range(BLOCK):
+                mc[j] = encode_signed(mb[j], m_factor)
+            for j in range(BLOCK):
+                vc[j] = encode_positive(vb[j], v_factor)
 
 
 @njit(**KERNEL_OPTIONS)
@@ -144,44 +141,71 @@ def adamw_companded(
     scalars: Any, offset: Any, low_key: Any, high_key: Any,
 ) -> None:  # fmt: skip
     """Update one range; ``offset`` is the first element's index, a multiple of the block."""
-    tile = BLOCK * BLOCKS
-    m, v = np.zeros((BLOCKS, BLOCK), np.float32), np.zeros((BLOCKS, BLOCK), np.float32)
-    p, x = np.zeros(tile, np.float32), np.zeros(tile, np.float32)
-    m_tail, v_tail = np.zeros(tile, np.uint8), np.zeros(tile, np.uint8)
-    count = weight.shape[0]
-    start = 0
-    while start < count:
-        first = offset + start
-        # The high half of the 64-bit counter is constant between multiples of 2**32: cut there.
-        stop = min(start + tile, count, start + (4294967296 - (first & 4294967295)))
-        blocks = (stop - start + BLOCK - 1) // BLOCK
-        high_word = U32(U32(first >> 32) ^ high_key)
-        base = U32(first & 4294967295)
-        w, e, g = weight[start:stop], extra[start:stop], grad[start:stop]
-        ms = m_scale[start // BLOCK : start // BLOCK + blocks]
-        vs = v_scale[start // BLOCK : start // BLOCK + blocks]
-        whole = stop - start == blocks * BLOCK
-        if whole:
-            mc, vc = m_codes[start:stop], v_codes[start:stop]
-        else:
-            # A short last block is padded with zeros, which change neither scale.
-            mc, vc = m_tail[: blocks * BLOCK], v_tail[: blocks * BLOCK]
-            widen(m_codes[start:stop], mc)
-            widen(v_codes[start:stop], vc)
-            x[:] = F32(0.0)
-        mc2, vc2 = mc.reshape(blocks, BLOCK), vc.reshape(blocks, BLOCK)
-        decode_signed(mc2, ms, m)
-        decode_positive(vc2, vs, v)
-        load_block(g, x)
-        read_masters(w, e, p)
-        adam_block(x, m.reshape(tile), v.reshape(tile), p, blocks * BLOCK, scalars)
-        write_masters(w, e, p, base, low_key, high_word)
-        encode_signed(m, mc2, ms)
-        encode_positive(v, x.reshape(BLOCKS, BLOCK), vc2, vs)
-        if not whole:
-            m_codes[start:stop] = mc[: stop - start]
-            v_codes[start:stop] = vc[: stop - start]
-        start = stop
+    blocks = weight.shape[0] // BLOCK
+    end = blocks * BLOCK
+    adamw_blocks(
+        weight[:end], extra[:end], grad[:end], m_codes[:end], m_scale[:blocks], v_codes[:end],
+        v_scale[:blocks], scalars, offset, low_key, high_key,
+    )  # fmt: skip
+    if end < weight.shape[0]:
+        # A short last block is padded with zeros, which change neither scale.
+        w, e, mc, vc = (
+            padded(weight[end:]),
+            padded(extra[end:]),
+            padded(m_codes[end:]),
+            padded(v_codes[end:]),
+        )
+        adamw_blocks(
+            w, e, padded(grad[end:]), mc, m_scale[blocks:], vc, v_scale[blocks:], scalars,
+            offset + end, low_key, high_key,
+        )  # fmt: skip
+        left = weight.shape[0] - end
+        weight[end:], m_codes[end:], v_codes[end:] = w[:left], mc[:left], vc[:left]
+        extra[end:] = e[: extra[end:].shape[0]]
+
+
+@njit(**KERNEL_OPTIONS)
+def lion_step(g: Any, m: Any, p: Any, scalars: Any) -> Any:
+    """Return (m, p) after one step of Lion on one element; g is fp32."""
+    lr, decay, b1, b2, o1, o2, _c1, _c2, _eps, sign = scalars
+    g = F32(sign * g)
+    c = F32(F32(b1 * m) + F32(o1 * g))
+    # sign(c) * lr, with sign(0) = 0 and NaN kept
+    d = lr if c > F32(0.0) else (F32(-lr) if c < F32(0.0) else F32(c * lr))
+    return F32(F32(b2 * m) + F32(o2 * g)), F32(F32(p * decay) - d)
+
+
+@njit(**KERNEL_OPTIONS)
+def lion_blocks(
+    weight: Any, extra: Any, grad: Any, m_codes: Any, m_scale: Any,
+    scalars: Any, offset: Any, low_key: Any, high_key: Any,
+) -> None:  # fmt: skip
+    """Update whole blocks by Lion; as ``adamw_blocks``."""
+    m = carray(tile_pointer(), (BLOCKS, BLOCK))
+    count = m_scale.shape[0]
+    weights, extras, grads, m_rows = rows(weight), rows(extra), rows(grad), rows(m_codes)
+    for first in range(0, count, BLOCKS):
+        blocks = min(BLOCKS, count - first)
+        for b in range(blocks):
+            row = first + b
+            index = offset + row * BLOCK
+            high_word, base = U32(U32(index >> 32) ^ high_key), U32(index & 4294967295)
+            w, e, g, mc, mb = weights[row], extras[row], grads[row], m_rows[row], m[b]
+            m_step = F32(m_scale[row] * _UNLEAD)
+            m_worst = U32(0)
+            for j in range(BLOCK):
+                p = read_master(w, e, j)
+                new_m, p = lion_step(load(g, j), decode_signed(mc[j], m_step), p, scalars)
+                write_master(w, e, j, p, U32(base + U32(j)), low_key, high_word)
+                mb[j] = new_m
+                m_worst = max(m_worst, U32(float_bits(new_m) & U32(0x7FFFFFFF)))
+            m_scale[row] = scale_of(m_worst)
+        for b in range(blocks):
+            row = first + b
+            mc, mb = m_rows[row], m[b]
+            m_factor = into_unit(m_scale[row])
+            for j in range(BLOCK):
+                mc[j] = encode_signed(mb[j], m_factor)
 
 
 @njit(**KERNEL_OPTIONS)
@@ -190,35 +214,17 @@ def lion_companded(
     scalars: Any, offset: Any, low_key: Any, high_key: Any,
 ) -> None:  # fmt: skip
     """Update one range by Lion; ``scalars`` as for AdamW, of which eps and corrections rest."""
-    tile = BLOCK * BLOCKS
-    m = np.zeros((BLOCKS, BLOCK), np.float32)
-    p, x = np.zeros(tile, np.float32), np.zeros(tile, np.float32)
-    m_tail = np.zeros(tile, np.uint8)
-    count = weight.shape[0]
-    start = 0
-    while start < count:
-        first = offset + start
-        # The high half of the 64-bit counter is constant between multiples of 2**32: cut there.
-        stop = min(start + tile, count, start + (4294967296 - (first & 4294967295)))
-        blocks = (stop - start + BLOCK - 1) // BLOCK
-        high_word = U32(U32(first >> 32) ^ high_key)
-        base = U32(first & 4294967295)
-        w, e, g = weight[start:stop], extra[start:stop], grad[start:stop]
-        ms = m_scale[start // BLOCK : start // BLOCK + blocks]
-        whole = stop - start == blocks * BLOCK
-        if whole:
-            mc = m_codes[start:stop]
-        else:
-            mc = m_tail[: blocks * BLOCK]
-            widen(m_codes[start:stop], mc)
-            x[:] = F32(0.0)
-        mc2 = mc.reshape(blocks, BLOCK)
-        decode_signed(mc2, ms, m)
-        load_block(g, x)
-        read_masters(w, e, p)
-        lion_block(x, m.reshape(tile), p, blocks * BLOCK, scalars)
-        write_masters(w, e, p, base, low_key, high_word)
-        encode_signed(m, mc2, ms)
-        if not whole:
-            m_codes[start:stop] = mc[: stop - start]
-        start = stop
+    blocks = weight.shape[0] // BLOCK
+    end = blocks * BLOCK
+    lion_blocks(
+        weight[:end], extra[:end], grad[:end], m_codes[:end], m_scale[:blocks], scalars, offset,
+        low_key, high_key,
+    )  # fmt: skip
+    if end < weight.shape[0]:
+        w, e, mc = padded(weight[end:]), padded(extra[end:]), padded(m_codes[end:])
+        lion_blocks(
+            w, e, padded(grad[end:]), mc, m_scale[blocks:], scalars, offset + end, low_key, high_key
+        )
+        left = weight.shape[0] - end
+        weight[end:], m_codes[end:] = w[:left], mc[:left]
+        extra[end:] = e[: extra[end:].shape[0]]

@@ -19,8 +19,8 @@ from .bits import (
     I32,
     U16,
     U32,
-    bf16_nearest,
     bf16_stochastic,
+    bf16_untied,
     bits_float,
     float_bits,
     load,
@@ -85,11 +85,11 @@ def _write(
             weight: Any, extra: Any, i: Any, value: Any, index: Any, low_key: Any, high_word: Any
         ) -> None:
             bits = untie(float_bits(value))
-            high = bf16_nearest(bits)
+            high = bf16_untied(bits)
             weight[i] = I16(high)
             low = U32(bits - U32(high << U32(16)))
-            number = U32(bits & U32(0x7FFFFFFF)) <= U32(0x7F800000)
-            extra[i] = I16(low) if number else I16(0)
+            # A NaN's remainder is zero: adding its low bits back could carry it out of the NaNs.
+            extra[i] = I16(low) if value == value else I16(0)
 
         return split
 
