@@ -65,7 +65,7 @@ def recipes() -> dict[str, tuple[Recipe, float]]:
     low_rank: dict[str, tuple[Recipe, float]] = {
         "GaLore": (lambda m, lr: optim.galore_adamw(m, lr, scale=1.0, **low), 4e-3),
         "APOLLO": (lambda m, lr: optim.apollo(m, lr, **low), 1.6e-2),
-        "FRUGAL": (lambda m, lr: optim.frugal(m, lr, update_gap=50), 2e-3),
+        "FRUGAL": (lambda m, lr: optim.frugal(m, lr, update_gap=50), 4e-3),
         "Fira": (lambda m, lr: optim.fira(m, lr, alpha=1.0, **low), 4e-3),
     }
     others: dict[str, tuple[Recipe, float]] = {
@@ -81,7 +81,7 @@ def recipes() -> dict[str, tuple[Recipe, float]]:
         "Adam-mini": (optim.adam_mini, LR),
         "Lion": (optim.lion, 1e-3),
         "Lion int8": (optim.lion_8bit, 1e-3),
-        "Adafactor": (optim.adafactor, 4e-3),
+        "Adafactor": (optim.adafactor, 2e-3),
         "SGD, momentum": (lambda m, lr: optim.sgd(m, lr, momentum=0.9), 0.2),
         "signSGD": (optim.sign_sgd, 5e-4),
         "GaLore, as published": (
@@ -94,8 +94,18 @@ def recipes() -> dict[str, tuple[Recipe, float]]:
         "Natural GaLore": (lambda m, lr: optim.natural_galore(m, lr, scale=1.0, **low), 4e-3),
         "GRASS": (lambda m, lr: optim.grass(m, lr, scale=1.0, **low), 8e-3),
         "APOLLO-Mini": (lambda m, lr: optim.apollo_mini(m, lr, update_proj_gap=50), 4e-3),
+        "LoQT, NF4 weights": (loqt, 4e-3),
+        "AdamW, momentum reset": (lambda m, lr: optim.adamw(m, lr, restart_every=100), LR),
     }  # fmt: skip
     return {name: (recipe, LR) for name, recipe in full.items()} | low_rank | others
+
+
+def loqt(model: nn.Module, lr: float) -> optim.RuleOptimizer:
+    """Return 8-bit AdamW on LoQT's factors, merged into 4-bit weights every 50 steps."""
+    optim.attach_loqt(model, rank=RANK)
+    optimizer = optim.adamw_8bit(model, lr)
+    optim.LoqtMerges(model, optimizer, gap=50)
+    return optimizer
 
 
 #: AdamW's rate, whatever keeps its states.
@@ -181,13 +191,14 @@ def table(runs: list[Run], seeds: list[int]) -> dict[str, Run]:
           f"{'paper':>7s} {'state B/p':>9s}")  # fmt: skip
     rows: dict[str, Run] = {}
     for name in recipes():
-        own = [by[name, seed] for seed in seeds]
+        own = [by[name, seed] for seed in seeds if (name, seed) in by]
         ratios = [run["loss"] / by[BASE, run["seed"]]["loss"] for run in own]
         rows[name] = {
             "lr": own[0]["lr"],
             "loss": statistics.mean(run["loss"] for run in own),
             "over_adamw": statistics.mean(ratios),
             "spread": max(ratios) - min(ratios),
+            "repeats": len(own),
             "state_bytes_per_parameter": own[0]["state_bytes_per_parameter"],
         }
         row = rows[name]
@@ -218,6 +229,7 @@ def trained(
             attn_implementation="eager",  # faster than the fused kernel at this size
         )
     ).bfloat16()  # fmt: skip
+    count = sum(p.numel() for p in model.parameters())
     optimizer = recipe(model, lr)
     start = time.process_time()
     for step in range(steps):
@@ -232,7 +244,6 @@ def trained(
     rows = held_out[: held_out.numel() // LENGTH * LENGTH].view(-1, LENGTH)
     with torch.no_grad():
         losses = [model(input_ids=b, labels=b).loss.item() * len(b) for b in rows.split(32)]
-    count = sum(p.numel() for p in model.parameters())
     return {
         "loss": sum(losses) / len(rows),
         "state_bytes_per_parameter": sum(optimizer.memory().values()) / count,

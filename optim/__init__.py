@@ -1,7 +1,9 @@
 """Memory-efficient optimizers: bricks, recipes, and the torch.optim face."""
 
 from .adamw import AdamW
+from .factors import Refactorization, lora_pairs
 from .in_backward import StepInBackward
+from .loqt import LoqtMerges, attach_loqt, detach_loqt
 from .projected_recipes import (
     apollo,
     apollo_mini,
@@ -33,7 +35,9 @@ from .trainer import for_trainer
 
 __all__ = [
     "AdamW",
+    "LoqtMerges",
     "ParameterHost",
+    "Refactorization",
     "RuleOptimizer",
     "StepInBackward",
     "StreamedUpdates",
@@ -47,6 +51,8 @@ __all__ = [
     "adamw_fp8",
     "apollo",
     "apollo_mini",
+    "attach_loqt",
+    "detach_loqt",
     "fira",
     "for_trainer",
     "frugal",
@@ -55,6 +61,7 @@ __all__ = [
     "grass",
     "lion",
     "lion_8bit",
+    "lora_pairs",
     "memory",
     "natural_galore",
     "q_galore",

@@ -16,6 +16,7 @@ from .base import Brick
 from .choose import element_rule
 from .lion import Lion
 from .parameters import ModelOrParams
+from .restart import Restart
 from .sgd import Sgd
 from .sign import Sign
 from .stable_adamw import StableAdam
@@ -72,13 +73,15 @@ def adamw(
     *,
     states: str = "fp32",
     master: str = "fp32",
+    restart_every: int | None = None,
     **common: Unpack[Common],
 ) -> RuleOptimizer:
     """Return AdamW (Loshchilov and Hutter, arXiv:1711.05101) for resident or streamed parameters.
 
     ``states`` is the encoding of the moments (``storage.encodings``), ``master`` that of the fp32
     value behind a 16-bit weight (``"fp32"``, ``"split"``, ``"sr"``).  fp32 states cost 8 bytes a
-    parameter, ``"int8"`` 2.06.
+    parameter, ``"int8"`` 2.06.  ``restart_every`` steps the moments start anew (the momentum reset
+    of arXiv:2505.22922); None: never.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.ones(4))
@@ -89,7 +92,8 @@ def adamw(
     0.899
     """
     hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    return build(model_or_params, element_rule(Adam(), states, master), hyper, common)
+    brick: Brick = Adam() if restart_every is None else Restart(Adam(), restart_every)
+    return build(model_or_params, element_rule(brick, states, master), hyper, common)
 
 
 def adamw_8bit(
