@@ -42,6 +42,7 @@ from .capture import CollectorTap
 from .checkpoint import Checkpoint, ConvertedBacking
 from .errors import InputError
 from .native_checkpoint import AssembledBacking, plan_native, take_quantization_settings
+from .selection import Selection, SlimFit, selection_of, train_only
 from .streamed_model import StreamedModel, streamed_class
 from .streamed_parameter import streamed_parameter
 from .structure import ModuleChunk, Role, cut
@@ -54,7 +55,7 @@ HANG_SECONDS = 120.0  # a disk request that takes longer is reported as stuck
 def load(
     model: str | Path,
     *,
-    train: str = "adapters",
+    train: str | Sequence[str] | Selection = "adapters",
     device: str | torch.device | None = None,
     device_budget: int | str | None = None,
     host_budget: int | str | None = None,
@@ -72,8 +73,9 @@ def load(
     """Open a model for streaming: a ``PreTrainedModel`` with nothing big in memory yet.
 
     ``model`` is a folder or a hub id.  ``train``: ``"adapters"`` (frozen base, read in place and
-    never written; put PEFT adapters on top), ``"all"`` (full fine-tuning; needs ``store``), or
-    ``"none"`` (evaluation, generation, zeroth order).
+    never written; put PEFT adapters on top), ``"all"`` (full fine-tuning; needs ``store``),
+    ``"none"`` (evaluation, generation, zeroth order), or a choice of weights (needs ``store``):
+    ``"spectrum:0.25"``, ``"slimfit:0.5"``, ``"regex:PATTERN"``, names, or a ``Selection``.
 
     Memory: ``device_budget`` and ``host_budget`` in bytes or text (``"12GB"``); default: what is
     free, less a stated margin.  On ``device="cpu"`` both are RAM.  ``store``: the folder, or a
@@ -96,16 +98,18 @@ def load(
         model = headrace.load("model-folder", train="all", store="run1", host_budget="8GB")
         optimizer = headrace.optim.adamw(model, lr=1e-5)
     """
-    if train not in _TRAIN:
-        raise InputError(f"train is {train!r}; choose one of {', '.join(_TRAIN)}")
+    selection = None if train in _TRAIN else selection_of(train)
+    trains_weights = train == "all" or selection is not None
+    if resume and isinstance(selection, SlimFit):
+        raise InputError("train='slimfit' measures movements that a store does not hold: no resume")
     if update not in (None, "backward", "forward"):
         raise InputError(f"update is {update!r}; choose 'backward' or 'forward'")
     place = ParkPlace(activations)
     target = _device(device)
     folder = find_folder(model)
     paths = _store_paths(store)
-    if train == "all" and not paths:
-        raise InputError("train='all' keeps weights and states on disk: give store='FOLDER'")
+    if trains_weights and not paths:
+        raise InputError(f"train={train!r} keeps weights and states on disk: give store='FOLDER'")
     config = AutoConfig.from_pretrained(folder)
     native_settings = take_quantization_settings(config)
     kind = chosen_dtype(dtype, config)
@@ -114,7 +118,7 @@ def load(
     _apply_dtype_plan(skeleton, kind)
     encoded = (folder / INDEX_NAME).exists()
     native = None
-    if (encoded or native_settings) and train == "all":
+    if (encoded or native_settings) and trains_weights:
         raise InputError(
             f"{folder} holds encoded weights, which cannot be trained themselves; load it with "
             f"train='adapters', or load the checkpoint that it was made of"
@@ -135,7 +139,7 @@ def load(
     if (folder / "generation_config.json").exists():
         skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     options = None
-    if train == "all" or (train == "adapters" and paths):
+    if trains_weights or (train == "adapters" and paths):
         options = TrainingOptions(
             paths=paths,
             update=update or "forward",
@@ -144,7 +148,7 @@ def load(
             fingerprint=_fingerprint(skeleton, chunks),
             meta={
                 "model": str(folder.absolute()),
-                "train": train,
+                "train": train if selection is None else str(selection),
                 "dtype": str(kind).removeprefix("torch."),
                 "update": update or "forward",
                 "micro_batch": micro_batch,
@@ -168,10 +172,13 @@ def load(
                 if loss_tile is None
                 else parse_bytes(loss_tile, what="loss_tile")
             ),
-            trainable=train == "all",
+            trainable=trains_weights,
             options=options,
             opened=opened,
         )
+        if selection is not None:
+            assert isinstance(skeleton, StreamedModel)
+            train_only(skeleton, selection.choose(skeleton))
         opened.pop_all()
     return skeleton
 

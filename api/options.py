@@ -15,6 +15,7 @@ from typing import Any, Literal, final, get_args
 from .budgets import parse_bytes
 from .errors import InputError
 from .saving import check_new_folder
+from .selection import selection_of
 
 Method = Literal["lora", "full"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -54,6 +55,9 @@ class TuneOptions:
     ``max_grad_norm`` (None: 1.0, or off for ``update="backward"``; 0: off), ``optimizer``,
     ``weight_decay``, ``master``, ``update``, ``seed``.
 
+    ``train`` (full only): the weights to train, None for all of them: ``spectrum:SHARE``,
+    ``slimfit:SHARE`` or ``regex:PATTERN``, see ``selection``.
+
     LoRA: ``lora_rank``, ``lora_alpha``, ``lora_dropout`` on every linear layer but the head.
 
     Shown: ``eval_every`` steps (0: before and after only), at most ``eval_rows`` rows of it, a
@@ -67,6 +71,7 @@ class TuneOptions:
     eval_data: Path | None = None
     held_out: float = 0.05
     method: Method = "lora"
+    train: str | None = None
     device: str | None = None
     device_budget: int | str | None = None
     host_budget: int | str | None = None
@@ -119,6 +124,10 @@ class TuneOptions:
         for name in _FRACTIONS:
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{_flag(name)} is {getattr(self, name)}; give 0 or more, below 1")
+        if self.train is not None:
+            if self.method != "full":
+                raise InputError("--train chooses among the model's weights; give --method full")
+            selection_of(self.train)
         if self.steps is not None and self.epochs is not None:
             raise InputError("--steps and --epochs were both given; give one of them")
         if self.update == "backward" and self.max_grad_norm:

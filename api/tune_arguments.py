@@ -42,6 +42,7 @@ def add_tune_arguments(command: argparse.ArgumentParser) -> None:
     _add(what, "data", Path, "JSONL: lines with 'text', or with chat 'messages'")
     _add(what, "out", Path, "folder of the result; must not exist yet")
     _add(what, "method", str, "adapters on a frozen base, or every weight")
+    _add(what, "train", str, "weights of a full run: spectrum:0.25, slimfit:0.5 or regex:PATTERN")
     what.add_argument(
         "--demo", action="store_true", help="SmolLM2-135M on Python's help texts; needs no network"
     )

@@ -26,6 +26,7 @@ from .progress import ConsoleWatcher, StepEvent, Watcher
 from .reporting import SUMMARY_NAME, Report, report
 from .run_memory import RunMemory
 from .saving import written_whole
+from .selection import Selection, selection_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,17 +76,18 @@ def tune(options: TuneOptions, *, watcher: Watcher | None = None) -> TuneResult:
     watcher = watcher or ConsoleWatcher()
     began = time.perf_counter()
     material = prepare(options)
+    selection = None if options.train is None else selection_of(options.train)
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
-        with _opened(options) as model:
-            tuned, result = _train(options, material, model, watcher, began)
+        with _opened(options, selection) as model:
+            tuned, result = _train(options, material, model, watcher, began, selection)
             watcher.say(f"saving {options.out}")
             _save(options, material, tuned, result)
     return result
 
 
 @contextmanager
-def _opened(options: TuneOptions) -> Iterator[PreTrainedModel]:
+def _opened(options: TuneOptions, selection: Selection | None) -> Iterator[PreTrainedModel]:
     from .loading import load
     from .streamed_model import StreamedModel
 
@@ -93,7 +95,7 @@ def _opened(options: TuneOptions) -> Iterator[PreTrainedModel]:
     model = load(
         # Absolute: an adapter folder names its base, and may be opened from elsewhere.
         path.absolute() if path.is_dir() else options.model,
-        train="adapters" if options.method == "lora" else "all",
+        train="adapters" if options.method == "lora" else selection or "all",
         device=options.device,
         device_budget=options.device_budget,
         host_budget=options.host_budget,
@@ -128,6 +130,7 @@ def _train(
     opened: PreTrainedModel,
     watcher: Watcher,
     began: float,
+    selection: Selection | None,
 ) -> tuple[Any, TuneResult]:
     """Train, with what is measured before and after; return the model with adapters, and that."""
     from headrace.optim import adamw
@@ -175,6 +178,8 @@ def _train(
             optimizer.step()
             scheduler.step()
             model.zero_grad()
+            if selection is not None:
+                selection.after_step(streamed_model_of(opened))
             seconds = time.perf_counter() - started
             memory.train_seconds += seconds
             watcher.step(_event(step + 1, steps, losses[-1], lr, tokens, seconds, report(opened)))
