@@ -99,7 +99,8 @@ class ZOStep:
         ``weights`` makes the weights from a selection, for models that are not resident.
         """
         opened, records = ReplayLog.open(log)
-        try:
+        with contextlib.ExitStack() as refused:
+            refused.callback(opened.close)
             settings = ZOSettings.from_json(opened.header.settings.get("method", {}))
             names = trained_shapes(opened.header)
 
@@ -109,7 +110,9 @@ class ZOStep:
             if weights is None:
                 made = cls(model, settings, select=select)
             else:
-                made = cls(model, settings, weights=weights(select))
+                chosen = weights(select)
+                refused.callback(chosen.close)
+                made = cls(model, settings, weights=chosen)
             found = made.header()
             if (found.base, found.settings) != (opened.header.base, opened.header.settings):
                 raise StoreFormatError(
@@ -117,9 +120,7 @@ class ZOStep:
                     f"weights have fingerprint {found.base}; load the base that the run began with"
                 )
             made.catch_up(records)
-        except BaseException:
-            opened.close()
-            raise
+            refused.pop_all()
         made._log = opened
         return made
 
@@ -268,9 +269,11 @@ class ZOStep:
 
     def close(self) -> None:
         """Close the log and let go of the model."""
-        self._weights.close()
-        if self._log is not None:
-            self._log.close()
+        try:
+            self._weights.close()
+        finally:
+            if self._log is not None:
+                self._log.close()
 
     def _record(self, losses: Sequence[float], *, batch: int, lr: float) -> StepRecord:
         settings = self._settings
