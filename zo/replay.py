@@ -1,23 +1,31 @@
 """Rebuilds a fine-tuned model from its base and the log: tensor by tensor, in one pass each.
 
 ``replay`` needs the memory of one tensor (plus its factors); a tensor's thousand steps are applied
-while a tile of it is in the cache.
+while a tile of it is in the cache, on as many threads as it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import Self, final
 
 import torch
 import xxhash
 from torch import Tensor
 
 from ..offload.errors import StoreFormatError
+from .dense import DenseTrace
 from .directions import Place
 from .log import LogHeader, StepRecord
 from .noise import assign_streams
 from .perturb import StepUpdate
 from .settings import ZOSettings, check_record
+
+#: Elements of a parameter that one thread takes through all steps of a log.
+JOB_ELEMENTS = 1 << 20
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -43,12 +51,106 @@ def updates_of(settings: ZOSettings, records: Sequence[StepRecord], name: str) -
     return [update for update in updates if update is not None]
 
 
+@final
+class Replayer:
+    """Brings the tensors of a base up to date with a log, some at a time, on several threads.
+
+    Use it as a context manager.  Dense noise splits a tensor into ranges, each of which takes all
+    steps while it is in the cache; other directions take a tensor whole.  Bits do not depend on
+    ``threads`` nor on which tensors come together.
+    """
+
+    def __init__(
+        self,
+        header: LogHeader,
+        records: Sequence[StepRecord],
+        *,
+        trained: Mapping[str, tuple[int, ...]] | None = None,
+        threads: int = 1,
+    ) -> None:
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        self._shapes = dict(trained) if trained is not None else trained_shapes(header)
+        self._settings = ZOSettings.from_json(header.settings["method"])
+        for record in records:
+            check_record(record, "the log")
+        self._records = records
+        self._places = places_of(self._shapes, self._settings.seed)
+        self._missing = set(self._shapes)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="headrace-replay")
+
+    @property
+    def trained(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the trained tensors by name."""
+        return self._shapes
+
+    def apply(self, tensors: Mapping[str, Tensor]) -> None:
+        """Change the trained ones among these tensors in place; returns when all are done."""
+        jobs = [
+            job
+            for name, tensor in tensors.items()
+            if name in self._places
+            for job in self._jobs(name, tensor)
+        ]
+        waiting = [self._pool.submit(job) for job in jobs]
+        try:
+            for future in waiting:
+                future.result()
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            raise
+
+    def check_complete(self) -> None:
+        """Refuse a base that lacked trained tensors."""
+        if self._missing:
+            raise StoreFormatError(
+                f"the base lacks {len(self._missing)} trained tensors of the log, first "
+                f"{min(self._missing)!r}: the log belongs to another model"
+            )
+
+    def _jobs(self, name: str, tensor: Tensor) -> list[Callable[[], None]]:
+        place = self._places[name]
+        if tuple(tensor.shape) != place.shape:
+            raise StoreFormatError(
+                f"{name} has shape {tuple(tensor.shape)} in the base and {place.shape} in the log: "
+                "the log belongs to another model"
+            )
+        self._missing.discard(name)
+        trace = self._settings.directions.open(place)
+        updates = updates_of(self._settings, self._records, name)
+        if isinstance(trace, DenseTrace) and tensor.is_contiguous():
+            flat = tensor.detach().view(-1)
+            return [
+                partial(trace.apply_range, flat[low : low + JOB_ELEMENTS], updates, start=low)
+                for low in range(0, flat.numel(), JOB_ELEMENTS)
+            ]
+
+        def whole() -> None:
+            trace.apply(tensor, updates)
+            trace.finish(tensor)
+
+        return [whole]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
 def replay(
     tensors: Iterable[tuple[str, Tensor]],
     header: LogHeader,
     records: Sequence[StepRecord],
     *,
     trained: Mapping[str, tuple[int, ...]] | None = None,
+    threads: int = 1,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the fine-tuned tensors of a base, in the base's order; untrained ones pass unchanged.
 
@@ -56,29 +158,11 @@ def replay(
     lists.  The caller compares ``header.base`` with the ``fingerprint`` of the trained tensors;
     ``replay`` checks names and shapes.
     """
-    settings = ZOSettings.from_json(header.settings["method"])
-    shapes = dict(trained) if trained is not None else trained_shapes(header)
-    for record in records:
-        check_record(record, "the log")
-    places = places_of(shapes, settings.seed)
-    missing = set(shapes)
-    for name, tensor in tensors:
-        if name in places:
-            missing.discard(name)
-            if tuple(tensor.shape) != places[name].shape:
-                raise StoreFormatError(
-                    f"{name} has shape {tuple(tensor.shape)} in the base and {places[name].shape} "
-                    "in the log: the log belongs to another model"
-                )
-            trace = settings.directions.open(places[name])
-            trace.apply(tensor, updates_of(settings, records, name))
-            trace.finish(tensor)
-        yield name, tensor
-    if missing:
-        raise StoreFormatError(
-            f"the base lacks {len(missing)} trained tensors of the log, first {min(missing)!r}: "
-            "the log belongs to another model"
-        )
+    with Replayer(header, records, trained=trained, threads=threads) as replayer:
+        for name, tensor in tensors:
+            replayer.apply({name: tensor})
+            yield name, tensor
+        replayer.check_complete()
 
 
 def trained_shapes(header: LogHeader) -> dict[str, tuple[int, ...]]:
