@@ -78,7 +78,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: headrace tune --demo --out tuned",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_doctor, _add_tune, _add_quantize, _add_verify, _add_export, _add_report):
+    adders = (
+        _add_doctor,
+        _add_tune,
+        _add_quantize,
+        _add_verify,
+        _add_export,
+        _add_report,
+        _add_zo,
+    )
+    for add in adders:
         add(commands)
     return parser
 
@@ -323,3 +332,43 @@ def _report(chosen: argparse.Namespace) -> _Output:
         except OSError as error:
             raise InputError(f"--html {chosen.html}: {error.strerror}") from error
     return _Output(str(report), report.to_json())
+
+
+# zo
+
+
+def _add_zo(commands: Any) -> None:
+    group = commands.add_parser(
+        "zo",
+        help="what belongs to zeroth-order runs: rebuild a model from its log",
+        description="What belongs to zeroth-order runs (headrace tune --method zo).",
+    )
+    inner = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = _add_command(
+        inner,
+        "replay",
+        "rebuild a fine-tuned model, bit for bit, from its base and its replay log",
+        "  headrace zo replay Qwen/Qwen3-8B tuned/replay.zolog rebuilt",
+    )
+    command.add_argument("base", help="folder or hub id that the run began with")
+    command.add_argument("log", type=Path, help="replay log of the run")
+    command.add_argument("out", type=Path, help="folder to make; must not exist yet")
+    command.add_argument("--threads", type=int, default=None, help="default: every core")
+    command.set_defaults(run=_zo_replay)
+
+
+def _zo_replay(chosen: argparse.Namespace) -> _Output:
+    from .progress import ConsoleWatcher, Silent
+    from .zo_replaying import replay_run
+
+    if chosen.threads is not None and chosen.threads < 1:
+        raise InputError(f"--threads is {chosen.threads}; give 1 or more")
+    watcher = Silent() if chosen.json else ConsoleWatcher()
+    result = replay_run(
+        chosen.base, chosen.log, chosen.out, watcher=watcher, threads=chosen.threads
+    )
+    text = (
+        f"{result.steps} steps ({result.skipped_steps} skipped) applied to "
+        f"{result.trained_parameters:,} parameters; the model is in {result.out}"
+    )
+    return _Output(text, result.to_json())

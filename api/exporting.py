@@ -23,7 +23,7 @@ from headrace.quant.registry import codec_for_format
 from headrace.quant.spec import TensorSpec
 
 from .errors import InputError
-from .merged_weights import MergedTensor, merged_chunks, tensor_list
+from .merged_weights import Change, MergedTensor, merged_chunks, tensor_list
 from .saving import check_new_folder, written_whole
 
 if TYPE_CHECKING:
@@ -53,10 +53,16 @@ def export(model: nn.Module, folder: str | Path, *, format: str | Codec | None =
         write_model(model, partial, format=format)
 
 
-def write_model(model: nn.Module, folder: Path, *, format: str | Codec | None = None) -> None:
-    """Write config and weight shards into an empty folder."""
+def write_model(
+    model: nn.Module,
+    folder: Path,
+    *,
+    format: str | Codec | None = None,
+    change: Change | None = None,
+) -> None:
+    """Write config and weight shards into an empty folder; ``change`` as in ``merged_chunks``."""
     if format is None:
-        _write_ordinary(model, folder)
+        _write_ordinary(model, folder, change)
     else:
         _write_encoded(model, folder, format)
     _write_config(streamed_model_of(model), folder)
@@ -72,13 +78,13 @@ def streamed_model_of(model: nn.Module) -> StreamedModel:
     raise InputError(f"{type(model).__name__} is not streamed; open it with headrace.load")
 
 
-def _write_ordinary(model: nn.Module, folder: Path) -> None:
+def _write_ordinary(model: nn.Module, folder: Path, change: Change | None) -> None:
     from safetensors.torch import save_file
 
     weight_map: dict[str, str] = {}
     written: list[Path] = []
     total_bytes = 0
-    for tensors in _shards(model):
+    for tensors in _shards(model, change):
         path = folder / f"model-{len(written) + 1:05d}.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, path.name))
@@ -102,13 +108,13 @@ def _shard_name(place: int, count: int) -> str:
     return f"model-{place + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _shards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def _shards(model: nn.Module, change: Change | None) -> Iterator[dict[str, Tensor]]:
     """Tensors under their checkpoint names, in groups of at least ``SHARD_BYTES``."""
     from transformers.core_model_loading import revert_weight_conversion
 
     streamed = streamed_model_of(model)
     group: dict[str, Tensor] = {}
-    for _, merged in merged_chunks(model):
+    for _, merged in merged_chunks(model, change=change):
         tensors = {tensor.name: tensor.values() for tensor in merged}
         reverted = revert_weight_conversion(streamed, tensors)  # type: ignore[arg-type]
         group.update({name: tensor.contiguous() for name, tensor in reverted.items()})

@@ -46,8 +46,15 @@ class _Plan:
     biases: dict[str, list[Any]] = field(default_factory=dict)
 
 
-def merged_chunks(model: nn.Module) -> Iterator[tuple[str, list[MergedTensor]]]:
+Change = Callable[[str, dict[str, Tensor]], None]
+
+
+def merged_chunks(
+    model: nn.Module, *, change: Change | None = None
+) -> Iterator[tuple[str, list[MergedTensor]]]:
     """Yield every chunk's name and tensors, adapters of ``model`` merged.
+
+    ``change`` may write into the stored tensors of a chunk (copies) before anything else does.
 
     ``model`` is what ``headrace.load`` returned or PEFT's wrapper around it.  Adapters that
     cannot be merged are refused by name before anything is read.
@@ -57,6 +64,8 @@ def merged_chunks(model: nn.Module) -> Iterator[tuple[str, list[MergedTensor]]]:
     streamed = streamed_model_of(model)
     plan = _plan(model, streamed)
     for chunk, stored in streamed.chunk_tensors():
+        if change is not None:
+            change(chunk, stored)
         yield chunk, _tensors_of(plan, stored)
 
 
