@@ -4,6 +4,7 @@
 than a resident model.
 """
 
+from .aim import ActivationSubspace, Basis, measure_basis
 from .control import Clip, RmsScale, Standardize
 from .dense import Dense
 from .log import ReplayLog, StepRecord, read_log
@@ -14,11 +15,13 @@ from .one_sided import OneSided
 from .perturb import Rounding
 from .random_subspace import CoreAdam, RandomSubspace
 from .replay import fingerprint, replay
-from .settings import ZOSettings
+from .settings import ZOSettings, recommended
 from .step import StepResult, ZOStep
 from .two_point import TwoPoint
 
 __all__ = [
+    "ActivationSubspace",
+    "Basis",
     "Clip",
     "CoreAdam",
     "Dense",
@@ -38,6 +41,8 @@ __all__ = [
     "causal_lm_losses",
     "fingerprint",
     "label_word_losses",
+    "measure_basis",
     "read_log",
+    "recommended",
     "replay",
 ]

@@ -82,6 +82,27 @@ class ZOSettings:
         return made
 
 
+def recommended(*, lr: float = 3e-5, eps: float = 1e-3, seed: int = 0) -> ZOSettings:
+    """The method to begin with: 15 one-sided rank-1 probes in one forward, scaled steps.
+
+    One weight load and one base matmul serve all probes, nothing is written between merges, and
+    updates collect in fp32 factors, so that none is lost to the rounding of 16-bit weights.  The
+    running root mean square takes the scale of the loss out of ``lr``: it is the typical step of a
+    weight times the square root of the number of directions.
+
+    >>> recommended().estimator
+    OneSided(count=15, baseline='leave_one_out')
+    """
+    return ZOSettings(
+        lr=lr,
+        eps=eps,
+        seed=seed,
+        estimator=OneSided(15),
+        directions=LowRank(15),
+        controls=(RmsScale(),),
+    )
+
+
 def check_lr(lr: float) -> None:
     """Refuse a learning rate that is negative, inf or NaN."""
     if not (math.isfinite(lr) and lr >= 0):
