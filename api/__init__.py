@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .exporting import export
     from .loading import load
     from .merging import merge_and_unload
+    from .quantization_config import HeadraceConfig
     from .quantizing import quantize
     from .reporting import Report, report, statistics
     from .resuming import resume
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOMES = MappingProxyType(
     {
         "DataError": "errors",
+        "HeadraceConfig": "quantization_config",
         "InputError": "errors",
         "Report": "reporting",
         "Trace": "tracing",
@@ -52,6 +54,7 @@ _HOMES = MappingProxyType(
 
 __all__ = [
     "DataError",
+    "HeadraceConfig",
     "InputError",
     "Report",
     "Trace",

@@ -134,7 +134,7 @@ def load(
         copy.deepcopy(skeleton), folder, kind, converted=not encoded, native=native
     )
     chunks = cut(skeleton)
-    _check_complete(skeleton, checkpoint, chunks, folder)
+    check_complete(skeleton, checkpoint, chunks, folder)
     budgets = default_budgets(str(target), device_budget=device_budget, host_budget=host_budget)
     if (folder / "generation_config.json").exists():
         skeleton.generation_config = GenerationConfig.from_pretrained(folder)
@@ -157,7 +157,7 @@ def load(
         )
     scratch_folder = next(iter(paths), None)
     with ExitStack() as opened:
-        _attach(
+        attach(
             skeleton,
             chunks,
             checkpoint,
@@ -183,7 +183,7 @@ def load(
     return skeleton
 
 
-def _attach(
+def attach(
     model: PreTrainedModel,
     chunks: Sequence[ModuleChunk],
     checkpoint: Checkpoint,
@@ -370,7 +370,7 @@ def _apply_dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> None:
             )
 
 
-def _check_complete(
+def check_complete(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     chunks: Sequence[ModuleChunk],

@@ -46,6 +46,8 @@ from headrace.quant.mxfp8 import Mxfp8Codec
 from headrace.quant.native_layouts import NativeWeight, StoredTensors, native_weights
 from headrace.quant.spec import TensorSpec
 
+from .encoding_record import METHOD, recorded_weights
+
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
@@ -121,6 +123,8 @@ def plan_native(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any
     the tensor for what no layout explains, what does not fit the model, and layouts whose
     experts cannot be put together from contiguous bytes.
     """
+    if settings.get("quant_method") == METHOD:
+        return _own(folder, settings)
     with SafetensorsIndex.open(folder) as index:
         tensors = _stored_tensors(index)
         try:
@@ -158,6 +162,27 @@ def plan_native(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any
                 f"{folder}: {name!r} decodes to shape {visible}, but {type(model).__name__} has "
                 f"{tuple(targets[name].shape)} there. Is this the checkpoint of another model?"
             )
+    return NativePlan(weights)
+
+
+def _own(folder: Path, settings: Mapping[str, Any]) -> NativePlan:
+    """Bind a folder that ``save_pretrained`` wrote under a ``HeadraceConfig``."""
+    weights: dict[str, ModelWeight] = {}
+    with SafetensorsIndex.open(folder) as index:
+        for name, (planned, _) in recorded_weights(settings, str(folder)).items():
+            stored = {
+                part: part_parameter_name(name, part) for part in planned.codec.spec(planned.shape)
+            }
+            for part, spec in planned.codec.spec(planned.shape).items():
+                entry = index.get(stored[part])
+                found = None if entry is None else (entry.shape, DTYPES.get(entry.dtype))
+                if found != (spec.shape, spec.dtype):
+                    raise SourceError(
+                        f"{folder}: {stored[part]!r} must have shape {spec.shape} and dtype "
+                        f"{spec.dtype}, found {found}"
+                    )
+            pieces = {part: (slot,) for part, slot in stored.items()}
+            weights[name] = ModelWeight(planned.codec, planned.shape, planned.transposed, pieces)
     return NativePlan(weights)
 
 

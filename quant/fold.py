@@ -109,7 +109,7 @@ def default_choice(codec: Codec) -> ChooseCodec:
             return None
         # Fused stacks of experts are parameters of the experts module itself.
         owners = modules[:-1] if modules[-1] in ("weight", "bias") else modules
-        if modules[-1] == "bias" or not owners or owners[-1] in KEPT_MODULES:
+        if modules[-1].endswith("bias") or not owners or owners[-1] in KEPT_MODULES:
             return None
         return None if "norm" in owners[-1] else codec
 
