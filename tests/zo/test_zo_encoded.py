@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import headrace
 from headrace.quant.codec import Codec
 from headrace.quant.int4_group import Int4GroupCodec
+from headrace.quant.int8_rowwise import Int8RowwiseCodec
 from headrace.quant.linear import EncodedLinear
 from headrace.quant.nf4 import Nf4Codec
 from headrace.zo.lowrank import LowRank
@@ -143,13 +144,17 @@ def test_streamed_low_rank_has_the_resident_bits(
     again.close()
 
 
-@pytest.mark.parametrize("room", ["resident", "disk"])
+@pytest.mark.parametrize(
+    ("codec", "room"),
+    [(INT4, "resident"), (INT4, "disk"), (Int8RowwiseCodec(), "disk")],
+    ids=["int4 resident", "int4 disk", "int8 disk"],
+)
 def test_streamed_qzo_has_the_resident_bits(
-    room: str, plain: Path, encoded: Callable[[Codec], Path], tmp_path: Path
+    codec: Codec, room: str, plain: Path, encoded: Callable[[Codec], Path], tmp_path: Path
 ) -> None:
-    folder = encoded(INT4)
+    folder = encoded(codec)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    model = resident_model(plain, INT4)
+    model = resident_model(plain, codec)
     reference = ZOStep(model, QZO, weights=ResidentWeights(scale_parameters(model)))
     expected = apart(reference, STEPS)
     final = dict(reference.export())
@@ -165,7 +170,7 @@ def test_streamed_qzo_has_the_resident_bits(
         assert torch.equal(exported[name], tensor), name
     assert any(
         not torch.equal(exported[n], p)
-        for n, p in scale_parameters(resident_model(plain, INT4)).items()
+        for n, p in scale_parameters(resident_model(plain, codec)).items()
     )
     zo.close()
     stream.close()
