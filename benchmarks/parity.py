@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from optim_common import claim, finish, parse, peer
 
-from headrace.optim import adamw, galore_adamw
+from headrace.optim import adamw, apollo, galore_adamw, lion
+from headrace.optim.projector import RandomProjector
+from headrace.optim.seeds import fold_in, parameter_seed
 
 LR = 1e-3
 STEPS = 50
@@ -29,19 +31,29 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     side = 128 if arguments.quick else 256
-    rows = {name: distance(ours, theirs, side) for name, (ours, theirs, _, _) in pairs().items()}
-    print(f"{'pair':34s} {'apart/moved':>12s} {'bar':>8s}  difference")
-    claims = []
-    for name, (_, _, bar, why) in pairs().items():
-        print(f"{name:34s} {rows[name]:12.2e} {bar:8.0e}  {why}")
-        claims.append(claim(f"{name}: distance over movement", rows[name], bar, at_least=False))
+    rows = {}
+    print(f"{'pair':34s} {'apart/moved':>12s} {'bar':>8s} {'worst':>8s}  difference")
+    for name, (ours, theirs, bar, why) in pairs().items():
+        rows[name] = row = {**distance(ours, theirs, side), "bar": bar, "difference": why}
+        print(f"{name:34s} {row['apart_over_moved']:12.2e} {bar:8.0e} "
+              f"{row['worst_over_largest_weight']:8.1e}  {why}", flush=True)  # fmt: skip
+    claims = [
+        claim(
+            f"{name}: distance over movement", row["apart_over_moved"], row["bar"], at_least=False
+        )
+        for name, row in rows.items()
+    ]
+    worst = rows["fp32, torch eager"]["worst_over_largest_weight"]
+    claims.append(
+        claim("fp32, torch eager: worst over largest weight", worst, 1e-6, at_least=False)
+    )
     return finish(arguments, {"rows": rows}, claims)
 
 
 def pairs() -> dict[str, tuple[Make, Make, float, str]]:
     """Return name -> (ours, theirs, bar, why they may differ)."""
     torchao, bitsandbytes = peer("torchao.optim"), peer("bitsandbytes")
-    galore = peer("galore_torch")
+    galore, apollo_torch = peer("galore_torch"), peer("apollo_torch")
     common: dict[str, Any] = {"lr": LR, "weight_decay": 0.01}
 
     def low_rank(parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
@@ -49,6 +61,19 @@ def pairs() -> dict[str, tuple[Make, Make, float, str]]:
                  "proj_type": "std"}  # fmt: skip
         optimizer: torch.optim.Optimizer = galore.GaLoreAdamW([group], lr=LR, weight_decay=0.0)
         return optimizer
+
+    def their_apollo(parameter: torch.nn.Parameter, proj: str) -> torch.optim.Optimizer:
+        group = {"params": [parameter], "rank": 16, "update_proj_gap": 20, "scale": 4.0,
+                 "scale_type": "channel", "proj": proj, "proj_type": "std"}  # fmt: skip
+        optimizer: torch.optim.Optimizer = apollo_torch.APOLLOAdamW([group], lr=LR, eps=1e-8)
+        if proj == "random":
+            optimizer.state[parameter]["projector"] = OurProjection()
+        return optimizer
+
+    def our_apollo(parameter: torch.nn.Parameter, proj: str) -> torch.optim.Optimizer:
+        group = {"params": [parameter], "rank": 16, "update_proj_gap": 20, "scale": 4.0,
+                 "proj": proj}  # fmt: skip
+        return apollo([group], lr=LR)
 
     def states(name: str) -> Make:
         return lambda p: adamw([p], states=name, **common)
@@ -96,13 +121,41 @@ def pairs() -> dict[str, tuple[Make, Make, float, str]]:
             ),
             low_rank,
             5e-3,
-            "eps after bias correction (there before); state 0.375 bytes, not 4.25",
+            "eps after bias correction (there before); the state is r (m + 2n), not m^2 + 2nr",
+        ),
+        "APOLLO on the SVD, apollo-torch": (
+            lambda p: our_apollo(p, "svd"),
+            lambda p: their_apollo(p, "svd"),
+            1e-3,
+            "eps after bias correction (there before)",
+        ),
+        "APOLLO, apollo-torch": (
+            lambda p: our_apollo(p, "random"),
+            lambda p: their_apollo(p, "random"),
+            1e-3,
+            "the same, given our noise; other generators draw other projections",
+        ),
+        "Lion 8-bit, bitsandbytes": (
+            lambda p: lion([p], lr=LR, states="int8_dynamic"),
+            lambda p: bitsandbytes.optim.Lion8bit([p], lr=LR, min_8bit_size=1),
+            0.05,
+            "its CPU kernel rounds through a coarse table; a sign that flips moves 2 lr",
         ),
     }
 
 
-def distance(ours: Make, theirs: Make, side: int) -> float:
-    """Return |ours - theirs| / |moved| after the last step."""
+class OurProjection:
+    """What apollo-torch asks of its projector, with the noise that our optimizer draws."""
+
+    def project(self, grad: torch.Tensor, step: int) -> torch.Tensor:
+        """Return the coordinates of a gradient at a step that counts from 0."""
+        projector = RandomProjector(16)
+        seed = fold_in(parameter_seed(0, "0.0"), step // 20)
+        return projector.down(grad, projector.basis(*grad.shape, {}, seed))
+
+
+def distance(ours: Make, theirs: Make, side: int) -> dict[str, Any]:
+    """Return |ours - theirs| / |moved| after the last step, and the worst single weight."""
     start = torch.randn(side, 2 * side)
     target = torch.randn(side, 8) @ torch.randn(8, 2 * side) / 3
     mine, other = (torch.nn.Parameter(start.clone()) for _ in range(2))
@@ -115,7 +168,11 @@ def distance(ours: Make, theirs: Make, side: int) -> float:
             parameter.grad = gradient.clone()
             optimizer.step()
     moved = (other.detach() - start).norm()
-    return float((mine.detach() - other.detach()).norm() / moved)
+    apart = mine.detach() - other.detach()
+    return {
+        "apart_over_moved": float(apart.norm() / moved),
+        "worst_over_largest_weight": float(apart.abs().max() / other.detach().abs().max()),
+    }
 
 
 if __name__ == "__main__":
