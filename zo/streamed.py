@@ -67,6 +67,15 @@ class StreamedWeights(Weights):
     there, else continued (with ``ZOStep.resume`` and its log).  ``write_every``: steps between
     writes of a chunk; what lies between is replayed at uploads.
 
+    ::
+
+        model = headrace.load("model-folder", train="none")
+        weights = StreamedWeights(
+            model, headrace.runtime_of(model), settings.directions, store="run1"
+        )
+        zo = ZOStep(model, settings, weights=weights, log="run1.log")
+        zo.step_together(lambda model, members: causal_lm_losses(model, batch, members))
+
     Host memory: two fp32 factors a window and matrix until they are merged (low rank), about 100
     bytes a step (dense, without a store).  Device memory: for dense directions, scratch of one
     chunk's size, from the device budget.  Disk: two generations of the trained chunks.
