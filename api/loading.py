@@ -40,6 +40,7 @@ from headrace.quant.model import declare_encoded, decoding_bytes
 from .budgets import default_budgets, parse_bytes
 from .capture import CollectorTap
 from .checkpoint import Checkpoint, ConvertedBacking
+from .copying import make_copyable
 from .errors import InputError
 from .native_checkpoint import AssembledBacking, plan_native, take_quantization_settings
 from .selection import Selection, SlimFit, selection_of, train_only
@@ -267,6 +268,7 @@ def attach(
     gathered_names = frozenset(c.name for c in chunks if c.role is Role.EMBEDDING)
     runtime.training_schedule(names, frozenset(), "backward", gathered=gathered_names)
     head = _stream_modules(runtime, model, chunks, tile_bytes)
+    make_copyable(runtime, chunks)
     model.__class__ = streamed_class(type(model))  # type: ignore[assignment]
     assert isinstance(model, StreamedModel)
     model._runtime = runtime

@@ -33,6 +33,17 @@ if TYPE_CHECKING:
     from headrace.optim.torch_api import RuleOptimizer
 
 
+_NO_COMPILATION = (
+    "a streamed model cannot be compiled: a compiled graph would keep the weights of the visit "
+    "that it saw. Leave torch.compile (torch_compile=True) out."
+)
+
+
+@torch.compiler.disable  # what a trace meets, it would otherwise try to work around
+def _refuse_compilation() -> None:
+    raise HeadraceError(_NO_COMPILATION)
+
+
 class StreamedModel(nn.Module):
     """Mixin of every streamed model; made by ``headrace.load``, never by hand."""
 
@@ -50,9 +61,10 @@ class StreamedModel(nn.Module):
 
     def get_output_embeddings(self) -> Any:
         """The head; to a replaced forward, which reads its weight, with the real weight."""
-        if self._replaced and self._head is not None:
+        head = super().get_output_embeddings()  # type: ignore[misc]
+        if self._replaced and self._head is not None and head is self._head.module:
             return gathered_head(self._head)
-        return super().get_output_embeddings()  # type: ignore[misc]
+        return head
 
     # Optimizers find the streamed parameters by this method (headrace.optim.ParameterHost).
     def bind_optimizer(self, optimizer: RuleOptimizer) -> Training:
@@ -121,6 +133,10 @@ class StreamedModel(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Moving is the stream's business: the same device is fine, another is refused."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        self._check_move(device, dtype)
+        return self
+
+    def _check_move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         here = self._runtime.device
         if dtype is not None and dtype != getattr(self, "dtype", dtype):
             raise HeadraceError(
@@ -132,7 +148,12 @@ class StreamedModel(nn.Module):
                 f"a streamed model lives on {here} and cannot be moved to {device}; load it again "
                 f"with headrace.load(..., device={str(device)!r})"
             )
-        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # How torch moves and casts modules, and how wrappers around this one reach it.
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self._runtime.device))
+        self._check_move(probe.device, probe.dtype)
+        return super()._apply(fn, recurse)
 
     def half(self) -> Any:
         """As ``to(torch.float16)``."""
@@ -149,6 +170,45 @@ class StreamedModel(nn.Module):
     def double(self) -> Any:
         """As ``to(torch.float64)``."""
         return self.to(torch.float64)
+
+    def cuda(self, device: int | torch.device | None = None) -> Any:
+        """As ``to("cuda")``."""
+        return self.to(torch.device("cuda") if device is None else torch.device(device))
+
+    def cpu(self) -> Any:
+        """As ``to("cpu")``."""
+        return self.to(torch.device("cpu"))
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Refused, unless the size stays: a streamed table has its place on disk."""
+        table = self.get_input_embeddings()  # type: ignore[operator]
+        if new_num_tokens in (None, table.num_embeddings):
+            return table
+        raise HeadraceError(
+            f"the embedding table of a streamed model cannot be resized from "
+            f"{table.num_embeddings:,} to {new_num_tokens:,} rows: it has its place on disk. "
+            f"Resize it once with transformers (from_pretrained, resize_token_embeddings, "
+            f"save_pretrained) and open that folder with headrace.load."
+        )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a compiled graph would keep the weights of the visit that it saw."""
+        raise HeadraceError(_NO_COMPILATION)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise HeadraceError(
+            "torch.nn.DataParallel copies a model to every GPU, which a streamed model is too "
+            "large for. Start one process per GPU with torchrun or accelerate launch instead."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise HeadraceError(
+            "a streamed model cannot be copied: its weights are on disk, its lanes and budgets "
+            "are its own. For a second model (a reference, a teacher) call headrace.load again, "
+            "with budgets of its own; train='none' if it is only evaluated."
+        )
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: streamed layers recompute their activations by themselves."""
@@ -186,6 +246,8 @@ def _streamed_forward(kind: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            _refuse_compilation()
         bound = inspect.signature(original).bind_partial(self, *args, **kwargs).arguments
         batch = _batch_of(bound)
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
@@ -222,7 +284,8 @@ def _replacement(model: StreamedModel, value: Any) -> Any:
                 output = inner(*args, **kwargs)
             finally:
                 model._replaced = False
-        if head is not None and head.uses == uses and getattr(output, "loss", None) is not None:
+        asked = head is None or head.uses > uses or model.get_output_embeddings() is not head.module
+        if head is not None and not asked and getattr(output, "loss", None) is not None:
             name = getattr(inner, "__qualname__", str(inner))
             raise UnsupportedModelError(
                 f"{name}, which replaced this model's forward, made a loss without calling the "
