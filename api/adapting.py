@@ -76,10 +76,13 @@ def correct_adapters(
     then the error that the outputs feel is what is corrected (EoRA, Liu et al., 2024), worth
     about 5 dB at rank 16 where the plain correction is worth next to nothing.
 
-    Example::
-
-        tuned = peft.get_peft_model(headrace.load("model-nf4"), config)
-        headrace.correct_adapters(tuned, "model")
+    >>> import headrace
+    >>> from peft import LoraConfig, get_peft_model
+    >>> _ = headrace.quantize("model-folder", "model-nf4")
+    >>> base = headrace.load("model-nf4", train="adapters", device="cpu")
+    >>> tuned = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    >>> headrace.correct_adapters(tuned, "model-folder")
+    >>> base.close()
     """
     from .exporting import streamed_model_of
 

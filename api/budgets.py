@@ -130,6 +130,11 @@ def default_budgets(
     What is given is parsed; what is not is what is free less the margin that this module's first
     lines state.  On ``"cpu"`` the two share the host's memory: a default takes what the other
     leaves, or half of it when neither is given.
+
+    >>> import headrace
+    >>> budgets = headrace.default_budgets("cpu", device_budget="2GB", host_budget="4GB")
+    >>> budgets.device_bytes, budgets.host_bytes
+    (2000000000, 4000000000)
     """
     given_device = (
         None if device_budget is None else parse_bytes(device_budget, what="the device budget")

@@ -12,11 +12,27 @@ from headrace.offload.errors import HeadraceError
 
 
 class InputError(HeadraceError, ValueError):
-    """An option, a path or a file of the user cannot be used as given."""
+    """An option, a path or a file of the user cannot be used as given.
+
+    >>> import headrace
+    >>> try:
+    ...     headrace.parse_bytes("12 parsecs", what="the host budget")
+    ... except headrace.InputError as error:
+    ...     print(error)
+    ...
+    the host budget is '12 parsecs'; give bytes such as 12GB or 512MiB
+    """
 
 
 class DataError(InputError):
-    """A data file cannot be used; ``line`` counts from 1 and is None if no line is to blame."""
+    """A data file cannot be used; ``line`` counts from 1 and is None if no line is to blame.
+
+    >>> from pathlib import Path
+    >>> import headrace
+    >>> error = headrace.DataError(Path("chats.jsonl"), 7, "is not JSON")
+    >>> str(error), error.line
+    ('chats.jsonl:7: is not JSON', 7)
+    """
 
     def __init__(self, path: Path, line: int | None, reason: str) -> None:
         self.path = path

@@ -94,10 +94,17 @@ def load(
     missing or damaged, ``BudgetError`` naming the chunk that does not fit and what would, and
     ``UnsupportedModelError`` naming a module that cannot be streamed.
 
-    Example::
-
-        model = headrace.load("model-folder", train="all", store="run1", host_budget="8GB")
-        optimizer = headrace.optim.adamw(model, lr=1e-5)
+    >>> import headrace
+    >>> import torch
+    >>> from headrace.optim import adamw
+    >>> model = headrace.load(
+    ...     "model-folder", train="all", store="run1", device="cpu", host_budget="64MB"
+    ... )
+    >>> optimizer = adamw(model, lr=1e-3)
+    >>> tokens = torch.tensor([[1, 2, 3, 4]])
+    >>> model(input_ids=tokens, labels=tokens).loss.backward()
+    >>> optimizer.step()
+    >>> model.close()
     """
     selection = None if train in _TRAIN else selection_of(train)
     trains_weights = train == "all" or selection is not None

@@ -63,6 +63,14 @@ class TuneOptions:
     Shown: ``eval_every`` steps (0: before and after only), at most ``eval_rows`` rows of it, a
     sample of ``sample_tokens`` tokens (0: none) after ``prompt`` (None: the start of a held-out
     document).
+
+    >>> from pathlib import Path
+    >>> import headrace
+    >>> options = headrace.TuneOptions(
+    ...     model="model-folder", data=Path("texts.jsonl"), out=Path("tuned"), device_budget="8GB"
+    ... )
+    >>> options.method, options.batch_size, options.seq_len
+    ('lora', 8, 512)
     """
 
     model: str

@@ -67,13 +67,13 @@ class HeadraceConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call]
     layer at a time, and what ``from_pretrained`` returns reads it from there within
     ``device_budget`` and ``host_budget``, exactly as ``headrace.load`` of that folder would.
 
-    Example::
-
-        from headrace import HeadraceConfig
-        model = AutoModelForCausalLM.from_pretrained(
-            "folder", quantization_config=HeadraceConfig(format="nf4")
-        )
-        model.save_pretrained("folder-nf4")
+    >>> import headrace
+    >>> from transformers import AutoModelForCausalLM
+    >>> config = headrace.HeadraceConfig("nf4")
+    >>> model = AutoModelForCausalLM.from_pretrained("model-folder", quantization_config=config)
+    >>> model.save_pretrained("encoded-folder")
+    >>> type(model.model.layers[0].mlp.up_proj).__name__
+    'EncodedLinear'
     """
 
     def __init__(

@@ -70,10 +70,15 @@ def quantize(
     is in memory at a time.  An interrupted run goes on where it stopped; a finished folder is
     refused.  ``on_tensor`` hears the error of every tensor.
 
-    Example::
-
-        headrace.quantize("model-folder", "model-nf4")
-        model = headrace.load("model-nf4", train="adapters")
+    >>> import headrace
+    >>> reports = []
+    >>> encoded = headrace.quantize(
+    ...     "model-folder", "nf4-folder", format="nf4", on_tensor=reports.append
+    ... )
+    >>> reports[0].codec, reports[1].codec
+    ('kept', 'nf4')
+    >>> model = headrace.load("nf4-folder", train="adapters", device="cpu")
+    >>> model.close()
     """
     folder, target = find_folder(model), Path(out)
     if (target / INDEX_NAME).exists():

@@ -50,6 +50,26 @@ class Report:
     """A run's statistics, ready to be shown: ``str(report)``, ``report.to_html()``, a notebook.
 
     ``tokens_per_step`` is what the caller trained on in a step, or None if unknown.
+
+    >>> from pathlib import Path
+    >>> import headrace
+    >>> model = headrace.load(
+    ...     "model-folder", train="none", device="cpu", device_budget="1GB", host_budget="2GB"
+    ... )
+    >>> report = headrace.report(model)
+    >>> print(report)
+    steps: 0
+    steps skipped (inf or NaN): 0
+    <BLANKLINE>
+    Peak bytes
+      tier    peak  budget  used
+      device   0 B    1 GB    0%
+      host     0 B    2 GB    0%
+    <BLANKLINE>
+    No step has run yet.
+    >>> headrace.Report.from_json(report.to_json(), path=Path("report.json")) == report
+    True
+    >>> model.close()
     """
 
     steps: int
@@ -253,6 +273,13 @@ def statistics(model: nn.Module) -> EngineStatistics:
     """Return a snapshot of a streamed model's run; adapters wrapped around it are seen through.
 
     Example: ``headrace.statistics(model).budgets[Tier.HOST].peak_bytes``.
+
+    >>> import headrace
+    >>> from headrace.offload.budget import Tier
+    >>> model = headrace.load("model-folder", train="none", device="cpu", host_budget="64MB")
+    >>> headrace.statistics(model).budgets[Tier.HOST].limit_bytes
+    64000000
+    >>> model.close()
     """
     from .exporting import streamed_model_of
 
@@ -263,6 +290,12 @@ def report(model: nn.Module, *, tokens_per_step: int | None = None) -> Report:
     """Return what a streamed model did so far; see ``Report``.
 
     ``print(headrace.report(model))`` shows text; a notebook shows the page.
+
+    >>> import headrace
+    >>> model = headrace.load("model-folder", train="none", device="cpu")
+    >>> headrace.report(model, tokens_per_step=4096).tokens_per_step
+    4096
+    >>> model.close()
     """
     found = statistics(model)
     last = found.last_step

@@ -25,10 +25,20 @@ def resume(
     once the optimizer of the run is made on the model (with its adapters, if it had any); learning
     rates are the scheduler's business.  Raises ``StoreError`` where nothing was committed.
 
-    Example::
-
-        model = headrace.resume("/nvme/run1", host_budget="16GB")
-        optimizer = headrace.optim.adamw(model, lr=1e-5)     # as in the run
+    >>> import headrace
+    >>> import torch
+    >>> from headrace.optim import adamw
+    >>> tokens = torch.tensor([[1, 2, 3, 4]])
+    >>> model = headrace.load("model-folder", train="all", store="run", device="cpu")
+    >>> optimizer = adamw(model, lr=1e-3)
+    >>> model(input_ids=tokens, labels=tokens).loss.backward()
+    >>> optimizer.step()
+    >>> model.close()
+    >>> model = headrace.resume("run", device="cpu", host_budget="64MB")
+    >>> optimizer = adamw(model, lr=1e-3)  # as in the run
+    >>> headrace.statistics(model).steps
+    1
+    >>> model.close()
     """
     paths = [Path(p) for p in ([store] if isinstance(store, (str, Path)) else store)]
     for path in paths:

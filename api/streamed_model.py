@@ -231,6 +231,12 @@ def runtime_of(model: nn.Module) -> Runtime:
 
     What takes a streamed model's weights apart from its forward pass starts here, such as
     ``headrace.zo.streamed.StreamedWeights(model, runtime_of(model), directions)``.
+
+    >>> import headrace
+    >>> model = headrace.load("model-folder", train="none", device="cpu")
+    >>> headrace.runtime_of(model).device
+    device(type='cpu')
+    >>> model.close()
     """
     if not isinstance(model, StreamedModel):
         raise InputError(

@@ -40,6 +40,18 @@ class Trace:
     ``chunk_bytes``: the chunks in the model's order with the bytes of their weights.
     ``limit_bytes``: the budgets.  ``spans``: every piece of work of every lane.  ``samples``:
     budgets and residencies over time.
+
+    >>> import torch
+    >>> import headrace
+    >>> model = headrace.load("model-folder", train="none", device="cpu")
+    >>> with headrace.trace(model) as trace, torch.no_grad():
+    ...     _ = model(input_ids=torch.tensor([[1, 2, 3]]))
+    ...
+    >>> list(trace.chunk_bytes)
+    ['model.embed_tokens', 'model.layers.0', 'model.layers.1', 'model.norm', 'lm_head']
+    >>> trace.samples[0].residency["model.norm"].name
+    'DISK'
+    >>> model.close()
     """
 
     chunk_bytes: dict[str, int]
@@ -55,12 +67,15 @@ def trace(model: nn.Module, *, every_seconds: float = 0.002) -> Iterator[Trace]:
 
     ``every_seconds``: the time between samples.  Memory: some hundred bytes a chunk and sample.
 
-    Example::
-
-        with headrace.trace(model) as trace:
-            model(**batch).loss.backward()
-            optimizer.step()
-        trace.spans[0].lane, trace.spans[0].label, trace.samples[-1].in_use_bytes
+    >>> import torch
+    >>> import headrace
+    >>> model = headrace.load("model-folder", train="none", device="cpu")
+    >>> with headrace.trace(model) as trace, torch.no_grad():
+    ...     _ = model(input_ids=torch.tensor([[1, 2, 3]]))
+    ...
+    >>> sorted({span.lane.value for span in trace.spans})
+    ['compute', 'disk_read', 'h2d']
+    >>> model.close()
     """
     from headrace.offload.timeline import Span
 

@@ -38,6 +38,16 @@ class TuneResult:
     """What a run produced; losses are nats a token on held-out rows, None if none are held out.
 
     ``step_losses`` are those of this process: a resumed run has those of its later part.
+
+    >>> from pathlib import Path
+    >>> import headrace
+    >>> from headrace.progress import Silent
+    >>> options = headrace.TuneOptions(
+    ...     model="model-folder", data=Path("texts.jsonl"), out=Path("first"), steps=2, seq_len=16
+    ... )
+    >>> result = headrace.tune(options, watcher=Silent())
+    >>> result.steps, len(result.step_losses), result.out.name
+    (2, 2, 'first')
     """
 
     out: Path
@@ -63,14 +73,15 @@ def tune(options: TuneOptions, *, watcher: Watcher | None = None) -> TuneResult:
     ``method="full"`` saves a whole model, ``"lora"`` an adapter folder; ``from_pretrained`` opens
     both.  ``watcher`` None shows a progress bar on the standard error.
 
-    Example::
-
-        options = headrace.TuneOptions(
-            model="my-model", data="chats.jsonl", out="tuned", device_budget="8GB"
-        )
-        result = headrace.tune(options)
-        print(result.loss_before, result.loss_after)
-        print(result.report)
+    >>> from pathlib import Path
+    >>> import headrace
+    >>> from headrace.progress import Silent
+    >>> options = headrace.TuneOptions(
+    ...     model="model-folder", data=Path("texts.jsonl"), out=Path("tuned"), steps=2, seq_len=16
+    ... )
+    >>> result = headrace.tune(options, watcher=Silent())
+    >>> sorted(path.name for path in Path("tuned").glob("adapter*"))
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     options.check()
     watcher = watcher or ConsoleWatcher()

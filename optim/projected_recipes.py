@@ -86,7 +86,16 @@ def galore_adamw_8bit(
     master: str = "sr",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return GaLore with 8-bit moments."""
+    """Return GaLore with 8-bit moments.
+
+    >>> from torch import nn
+    >>> from headrace.optim import RuleOptimizer, galore_adamw_8bit, memory
+    >>> def recipe(model: nn.Module) -> RuleOptimizer:
+    ...     return galore_adamw_8bit(model, lr=1e-4, rank=64)
+    ...
+    >>> memory(nn.Linear(1024, 1024, bias=False), recipe)["total"]  # bytes
+    397312
+    """
     return galore_adamw(
         model_or_params,
         lr,
@@ -127,6 +136,14 @@ def q_galore(
     """Return Q-GaLore (arXiv:2407.08296): int4 basis, 8-bit moments, lazy refresh.
 
     Weights are kept by ``master`` (stochastic rounding), not in the paper's INT8.
+
+    >>> from torch import nn
+    >>> from headrace.optim import RuleOptimizer, q_galore, memory
+    >>> def recipe(model: nn.Module) -> RuleOptimizer:
+    ...     return q_galore(model, lr=1e-4, rank=64)
+    ...
+    >>> memory(nn.Linear(1024, 1024, bias=False), recipe)["total"]  # bytes
+    170028
     """
 
     def brick(group: Mapping[str, Any]) -> Brick:
@@ -174,6 +191,14 @@ def natural_galore(
     """Return Natural GaLore (arXiv:2410.16029): natural gradients in GaLore's subspace.
 
     The history costs ``natural_history`` times the projected gradient, in fp32.
+
+    >>> from torch import nn
+    >>> from headrace.optim import RuleOptimizer, natural_galore, memory
+    >>> def recipe(model: nn.Module) -> RuleOptimizer:
+    ...     return natural_galore(model, lr=1e-4, rank=64)
+    ...
+    >>> memory(nn.Linear(1024, 1024, bias=False), recipe)["total"]  # bytes
+    6029312
     """
 
     def brick(group: Mapping[str, Any]) -> Brick:
@@ -207,6 +232,14 @@ def apollo(
 
     State of an m x n matrix: 8 max(m, n) rank bytes with fp32 states, no basis.  ``proj="svd"``
     projects on the leading singular subspace instead, and keeps that basis.
+
+    >>> from torch import nn
+    >>> from headrace.optim import RuleOptimizer, apollo, memory
+    >>> def recipe(model: nn.Module) -> RuleOptimizer:
+    ...     return apollo(model, lr=1e-4, rank=64)
+    ...
+    >>> memory(nn.Linear(1024, 1024, bias=False), recipe)["total"]  # bytes
+    524292
     """
 
     def brick(group: Mapping[str, Any]) -> Brick:
@@ -239,7 +272,14 @@ def apollo_mini(
     master: str = "sr",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return APOLLO-Mini: rank 1, one scaling factor a tensor, 8 bytes a long-side channel."""
+    """Return APOLLO-Mini: rank 1, one scaling factor a tensor, 8 bytes a long-side channel.
+
+    >>> from torch import nn
+    >>> from headrace.optim import apollo_mini, memory
+    >>> optimizer = apollo_mini(nn.Linear(8, 8), lr=1e-4, max_grad_norm=1.0)
+    >>> memory(nn.Linear(1024, 1024, bias=False), apollo_mini)["total"]  # bytes
+    8196
+    """
     return apollo(
         model_or_params,
         lr,
@@ -273,6 +313,14 @@ def grass(
     """Return GRASS (arXiv:2406.17660): AdamW on ``rank`` rows or columns chosen by gradient norm.
 
     ``selection``: ``"top"`` (largest norms), ``"multinomial"`` (drawn by norm) or ``"uniform"``.
+
+    >>> from torch import nn
+    >>> from headrace.optim import RuleOptimizer, grass, memory
+    >>> def recipe(model: nn.Module) -> RuleOptimizer:
+    ...     return grass(model, lr=1e-4, rank=64)
+    ...
+    >>> memory(nn.Linear(1024, 1024, bias=False), recipe)["total"]  # bytes
+    524552
     """
 
     def brick(group: Mapping[str, Any]) -> Brick:
@@ -308,6 +356,14 @@ def frugal(
 
     ``projection`` draws whole columns (of the shorter side) or single coordinates.
     ``inactive_lr_scale=0.1`` suits fine-tuning.  State: 8 density bytes a parameter.
+
+    >>> from torch import nn
+    >>> from headrace.optim import RuleOptimizer, frugal, memory
+    >>> def recipe(model: nn.Module) -> RuleOptimizer:
+    ...     return frugal(model, lr=1e-4, density=0.25)
+    ...
+    >>> memory(nn.Linear(1024, 1024, bias=False), recipe)["total"]  # bytes
+    2097160
     """
 
     def brick(group: Mapping[str, Any]) -> Brick:
@@ -346,7 +402,16 @@ def fira(
     master: str = "sr",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return Fira (arXiv:2410.01623): GaLore plus the scaled residual of the projection."""
+    """Return Fira (arXiv:2410.01623): GaLore plus the scaled residual of the projection.
+
+    >>> from torch import nn
+    >>> from headrace.optim import RuleOptimizer, fira, memory
+    >>> def recipe(model: nn.Module) -> RuleOptimizer:
+    ...     return fira(model, lr=1e-4, rank=64)
+    ...
+    >>> memory(nn.Linear(1024, 1024, bias=False), recipe)["total"]  # bytes
+    786436
+    """
 
     def brick(group: Mapping[str, Any]) -> Brick:
         projector = OrthogonalProjector(

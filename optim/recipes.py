@@ -107,7 +107,14 @@ def adamw_8bit(
     master: str = "split",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return AdamW with 8-bit states; ``states="int8_dynamic"`` is bitsandbytes' format."""
+    """Return AdamW with 8-bit states; ``states="int8_dynamic"`` is bitsandbytes' format.
+
+    >>> from torch import nn
+    >>> from headrace.optim import adamw_8bit, memory
+    >>> optimizer = adamw_8bit(nn.Linear(8, 8), lr=1e-4, max_grad_norm=1.0)
+    >>> memory(nn.Linear(1024, 1024, bias=False), adamw_8bit)["total"]  # bytes
+    2162688
+    """
     return adamw(
         model_or_params, lr, betas, eps, weight_decay, states=states, master=master, **common
     )
@@ -124,7 +131,14 @@ def adamw_4bit(
     master: str = "split",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return AdamW with 4-bit states; ``states="int4_torchao"`` is torchao's format."""
+    """Return AdamW with 4-bit states; ``states="int4_torchao"`` is torchao's format.
+
+    >>> from torch import nn
+    >>> from headrace.optim import adamw_4bit, memory
+    >>> optimizer = adamw_4bit(nn.Linear(8, 8), lr=1e-4, max_grad_norm=1.0)
+    >>> memory(nn.Linear(1024, 1024, bias=False), adamw_4bit)["total"]  # bytes
+    1179648
+    """
     return adamw(
         model_or_params, lr, betas, eps, weight_decay, states=states, master=master, **common
     )
@@ -141,7 +155,14 @@ def adamw_fp8(
     master: str = "split",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return AdamW with FP8 states: ``"coat"`` (range expansion), ``"fp8"`` or ``"fp8_lm"``."""
+    """Return AdamW with FP8 states: ``"coat"`` (range expansion), ``"fp8"`` or ``"fp8_lm"``.
+
+    >>> from torch import nn
+    >>> from headrace.optim import adamw_fp8, memory
+    >>> optimizer = adamw_fp8(nn.Linear(8, 8), lr=1e-4, max_grad_norm=1.0)
+    >>> memory(nn.Linear(1024, 1024, bias=False), adamw_fp8)["total"]  # bytes
+    2244608
+    """
     return adamw(
         model_or_params, lr, betas, eps, weight_decay, states=states, master=master, **common
     )
@@ -158,7 +179,14 @@ def stable_adamw(
     master: str = "fp32",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return StableAdamW, the AdamW-Adafactor hybrid with update clipping (arXiv:2304.13013)."""
+    """Return StableAdamW, the AdamW-Adafactor hybrid with update clipping (arXiv:2304.13013).
+
+    >>> from torch import nn
+    >>> from headrace.optim import stable_adamw, memory
+    >>> optimizer = stable_adamw(nn.Linear(8, 8), lr=1e-4, max_grad_norm=1.0)
+    >>> memory(nn.Linear(1024, 1024, bias=False), stable_adamw)["total"]  # bytes
+    8388608
+    """
     hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     return build(model_or_params, element_rule(StableAdam(), states, master), hyper, common)
 
@@ -174,7 +202,14 @@ def adam_mini(
     master: str = "fp32",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return Adam-mini (arXiv:2406.16793) with one second moment for each output row."""
+    """Return Adam-mini (arXiv:2406.16793) with one second moment for each output row.
+
+    >>> from torch import nn
+    >>> from headrace.optim import adam_mini, memory
+    >>> optimizer = adam_mini(nn.Linear(8, 8), lr=1e-4, max_grad_norm=1.0)
+    >>> memory(nn.Linear(1024, 1024, bias=False), adam_mini)["total"]  # bytes
+    4198400
+    """
     hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     return build(model_or_params, element_rule(AdamMini(), states, master), hyper, common)
 
@@ -189,7 +224,14 @@ def lion(
     master: str = "fp32",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return Lion (arXiv:2302.06675): one moment, 4 bytes a parameter in fp32."""
+    """Return Lion (arXiv:2302.06675): one moment, 4 bytes a parameter in fp32.
+
+    >>> from torch import nn
+    >>> from headrace.optim import lion, memory
+    >>> optimizer = lion(nn.Linear(8, 8), lr=1e-4, max_grad_norm=1.0)
+    >>> memory(nn.Linear(1024, 1024, bias=False), lion)["total"]  # bytes
+    4194304
+    """
     hyper = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
     return build(model_or_params, element_rule(Lion(), states, master), hyper, common)
 
@@ -204,7 +246,14 @@ def lion_8bit(
     master: str = "split",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return Lion with an 8-bit moment: 1.03 bytes a parameter."""
+    """Return Lion with an 8-bit moment: 1.03 bytes a parameter.
+
+    >>> from torch import nn
+    >>> from headrace.optim import lion_8bit, memory
+    >>> optimizer = lion_8bit(nn.Linear(8, 8), lr=1e-4, max_grad_norm=1.0)
+    >>> memory(nn.Linear(1024, 1024, bias=False), lion_8bit)["total"]  # bytes
+    1081344
+    """
     return lion(model_or_params, lr, betas, weight_decay, states=states, master=master, **common)
 
 
@@ -218,7 +267,14 @@ def adafactor(
     master: str = "fp32",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return Adafactor (arXiv:1804.04235) with an outer learning rate and no momentum."""
+    """Return Adafactor (arXiv:1804.04235) with an outer learning rate and no momentum.
+
+    >>> from torch import nn
+    >>> from headrace.optim import adafactor, memory
+    >>> optimizer = adafactor(nn.Linear(8, 8), lr=1e-4, max_grad_norm=1.0)
+    >>> memory(nn.Linear(1024, 1024, bias=False), adafactor)["total"]  # bytes
+    8192
+    """
     brick = Adafactor(clip_threshold=clip_threshold, scale_parameter=scale_parameter)
     hyper = {"lr": lr, "weight_decay": weight_decay}
     return build(model_or_params, element_rule(brick, "fp32", master), hyper, common)
@@ -235,7 +291,14 @@ def sgd(
     master: str = "fp32",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return SGD; no state without momentum.  Weight decay is decoupled, unlike torch's."""
+    """Return SGD; no state without momentum.  Weight decay is decoupled, unlike torch's.
+
+    >>> from torch import nn
+    >>> from headrace.optim import sgd, memory
+    >>> optimizer = sgd(nn.Linear(8, 8), lr=1e-4, max_grad_norm=1.0)
+    >>> memory(nn.Linear(1024, 1024, bias=False), sgd)["total"]  # bytes
+    0
+    """
     brick: Brick = Sgd(with_momentum=momentum > 0.0, nesterov=nesterov)
     hyper = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     return build(model_or_params, element_rule(brick, states, master), hyper, common)
@@ -249,6 +312,13 @@ def sign_sgd(
     master: str = "sr",
     **common: Unpack[Common],
 ) -> RuleOptimizer:
-    """Return signSGD (arXiv:1802.04434): no state at all."""
+    """Return signSGD (arXiv:1802.04434): no state at all.
+
+    >>> from torch import nn
+    >>> from headrace.optim import sign_sgd, memory
+    >>> optimizer = sign_sgd(nn.Linear(8, 8), lr=1e-4, max_grad_norm=1.0)
+    >>> memory(nn.Linear(1024, 1024, bias=False), sign_sgd)["total"]  # bytes
+    0
+    """
     hyper = {"lr": lr, "weight_decay": weight_decay}
     return build(model_or_params, element_rule(Sign(), "fp32", master), hyper, common)

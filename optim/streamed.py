@@ -23,6 +23,10 @@ class UpdateRule(Protocol):
     Ranges of an ``elementwise`` rule start and end at multiples of ``granule`` elements, except
     that the last range of a parameter may be shorter; the states of a range are the matching
     ranges of the flattened states.  Other rules get whole parameters in their own shape.
+
+    >>> from headrace.optim import UpdateRule
+    >>> [n for n in ("elementwise", "granule", "state_spec", "update") if n in vars(UpdateRule)]
+    ['elementwise', 'granule', 'state_spec', 'update']
     """
 
     @property
@@ -59,7 +63,12 @@ class UpdateRule(Protocol):
 
 
 class StreamedUpdates(Protocol):
-    """What a host gives an optimizer: the barrier of its streamed updates."""
+    """What a host gives an optimizer: the barrier of its streamed updates.
+
+    >>> from headrace.optim import StreamedUpdates
+    >>> sorted(name for name in vars(StreamedUpdates) if not name.startswith("_"))
+    ['finish_step', 'load_state_dict', 'owns', 'state_dict']
+    """
 
     def owns(self, parameter: nn.Parameter) -> bool:
         """Whether the host updates this parameter itself."""
@@ -84,7 +93,15 @@ class StreamedUpdates(Protocol):
 
 
 class ParameterHost(Protocol):
-    """An ``nn.Module`` whose parameters live elsewhere and are updated there."""
+    """An ``nn.Module`` whose parameters live elsewhere and are updated there.
+
+    >>> import headrace
+    >>> from headrace.optim import ParameterHost, adamw
+    >>> model = headrace.load("model-folder", train="all", store="host", device="cpu")
+    >>> host: ParameterHost = model
+    >>> optimizer = adamw(model)  # calls host.bind_optimizer(optimizer)
+    >>> model.close()
+    """
 
     def bind_optimizer(self, optimizer: Any) -> StreamedUpdates:
         """Take the optimizer whose rules the host will run; called once by its constructor."""

@@ -49,6 +49,17 @@ class RuleOptimizer(torch.optim.Optimizer):
     ``choose`` names the rule of each parameter; ``defaults`` fill the param groups.
     ``max_grad_norm`` clips as ``torch.nn.utils.clip_grad_norm_`` does, right before the update.
     ``threads`` update tiles of CPU parameters in parallel (default: torch's own number).
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from headrace.optim import adamw_8bit
+    >>> layer = nn.Linear(4, 2)
+    >>> optimizer = adamw_8bit(layer, lr=0.1)
+    >>> schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5)
+    >>> layer(torch.ones(1, 4)).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.param_groups[0]["lr"]
+    0.05
     """
 
     def __init__(

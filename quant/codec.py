@@ -42,7 +42,17 @@ _SCRATCH_BYTES_PER_ELEMENT: Final = 64
 
 @dataclass(frozen=True)
 class Codec(ABC):
-    """Quantise and dequantise tensors; subclasses are frozen dataclasses of JSON-able fields."""
+    """Quantise and dequantise tensors; subclasses are frozen dataclasses of JSON-able fields.
+
+    >>> import torch
+    >>> from headrace.quant import codec_for_format
+    >>> codec = codec_for_format("nf4")
+    >>> weight = torch.linspace(-1, 1, 128).reshape(2, 64)
+    >>> parts = codec.encode(weight)
+    >>> decoded = codec.decode(parts, (2, 64), torch.float32)
+    >>> codec.nbytes((2, 64)), tuple(decoded.shape)
+    (74, (2, 64))
+    """
 
     #: The word that names the format in file headers; unique among codecs.
     name: ClassVar[str]

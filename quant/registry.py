@@ -28,7 +28,12 @@ from .nvfp4 import Nvfp4Codec
 
 
 def codec_classes() -> dict[str, type[Codec]]:
-    """Return every codec class by its name."""
+    """Return every codec class by its name.
+
+    >>> from headrace.quant import codec_classes
+    >>> codec_classes()["nf4"].__name__
+    'Nf4Codec'
+    """
     classes: tuple[type[Codec], ...] = (
         Bfloat16Codec,
         CoatCodec,

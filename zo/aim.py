@@ -40,6 +40,15 @@ class Basis:
     ``names[i]`` are the parameters that share the matrix ``codes[i]``: base64 of int8 [d, rank],
     in units of the largest magnitude of its column over 127 (``scales[i]``, one fp32 a column).
     The columns are orthonormal to about 1 %.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from headrace.zo import measure_basis
+    >>> model = nn.Sequential(nn.Linear(8, 4, bias=False))
+    >>> forwards = [lambda m: m(torch.eye(8))]
+    >>> basis = measure_basis(model, ["0.weight"], forwards, rank=2)
+    >>> basis.rank, tuple(basis.matrix("0.weight", 8).shape)
+    (2, (8, 2))
     """
 
     rank: int
@@ -90,6 +99,14 @@ class ActivationSubspace(Factored):
 
     Size of a log's header: about 1.4 bytes times ``rank`` an input feature and layer (2.1 MB for
     SmolLM2-135M at rank 16).  State: fp32 [p, rank] a matrix.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from headrace.zo import ActivationSubspace, measure_basis
+    >>> model = nn.Sequential(nn.Linear(8, 4, bias=False))
+    >>> basis = measure_basis(model, ["0.weight"], [lambda m: m(torch.eye(8))], rank=2)
+    >>> ActivationSubspace(directions=4, basis=basis).window_steps
+    50
     """
 
     directions: int
@@ -176,6 +193,17 @@ def measure_basis(
     ``names``: trained parameters (``ZOStep.trained_names``), weights of ``nn.Linear``.
     ``forwards``: functions that call the model on a batch.  Memory: fp32 [d, d] a distinct input.
     Subspace iteration on the uncentred second moments, from a fixed start.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from headrace.zo import measure_basis
+    >>> model = nn.Sequential(nn.Linear(8, 4, bias=False))
+    >>> batches = [torch.eye(8), torch.ones(2, 8)]
+    >>> basis = measure_basis(
+    ...     model, ["0.weight"], [lambda m, x=x: m(x) for x in batches], rank=2
+    ... )
+    >>> basis.names
+    (('0.weight',),)
     """
     modules = _linears(model, names)
     moments: dict[str, Tensor] = {}

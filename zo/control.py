@@ -58,6 +58,10 @@ class Standardize(Control):
     """Divide by the standard deviation over directions; eps cancels (FZOO).
 
     A step whose losses are all equal keeps its scalars (they are then zero or one constant).
+
+    >>> from headrace.zo import Standardize
+    >>> Standardize().apply((1.0, -1.0), ())
+    ((0.7071067811865475, -0.7071067811865475), ())
     """
 
     def initial(self) -> Memory:
@@ -77,6 +81,12 @@ class RmsScale(Control):
 
     ``v <- beta v + (1 - beta) mean(g^2)``; ``g <- g / sqrt(v / (1 - beta^t))``.  Removes the scale
     of the loss from the learning rate.
+
+    >>> from headrace.zo import RmsScale
+    >>> rule = RmsScale(beta=0.9)
+    >>> grads, memory = rule.apply((2.0, -2.0), rule.initial())
+    >>> [round(g, 3) for g in grads]
+    [1.0, -1.0]
     """
 
     beta: float = 0.99

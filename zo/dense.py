@@ -21,6 +21,10 @@ class Dense(Directions):
     ``kind`` Gaussian is MeZO.  Each member needs perturbed weights of its own, so a step costs its
     forwards plus about two passes of noise a direction.  ``minimum`` is a floor that updates
     respect (0 for scales of quantised weights).
+
+    >>> from headrace.zo import Dense, Kind
+    >>> Dense(Kind.RADEMACHER).accepts((3, 4))
+    True
     """
 
     kind: Kind = Kind.GAUSSIAN

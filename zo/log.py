@@ -43,7 +43,15 @@ _CHECKSUM = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """Everything that a step's update depends on besides the base and the settings."""
+    """Everything that a step's update depends on besides the base and the settings.
+
+    >>> from headrace.zo import StepRecord
+    >>> record = StepRecord(
+    ...     step=0, seed=7, batch=0, lr=1e-3, eps=1e-3, losses=(1.5, 1.4), grads=(50.0,)
+    ... )
+    >>> record.skipped
+    False
+    """
 
     step: int
     seed: int
@@ -82,6 +90,20 @@ class ReplayLog:
 
     ``create`` starts one; ``open`` continues one after cutting off a torn tail.  ``append`` returns
     when the record is on the medium.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from headrace.zo import ZOSettings, ZOStep
+    >>> model = nn.Linear(2, 1)
+    >>> x, y = torch.eye(2), torch.tensor([[1.0], [-1.0]])
+    >>> run = ZOStep(model, ZOSettings(lr=1e-2), log="run.log")
+    >>> result = run.step(lambda m: float(((m(x) - y) ** 2).mean()))
+    >>> run.close()
+    >>> from headrace.zo import ReplayLog
+    >>> log, records = ReplayLog.open("run.log")
+    >>> log.header.record_bytes, len(records)
+    (80, 1)
+    >>> log.close()
     """
 
     def __init__(
@@ -179,7 +201,21 @@ class ReplayLog:
 
 
 def read_log(path: str | os.PathLike[str]) -> tuple[LogHeader, tuple[StepRecord, ...]]:
-    """Read a log without changing or locking it; a torn tail is left out with a warning."""
+    """Read a log without changing or locking it; a torn tail is left out with a warning.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from headrace.zo import ZOSettings, ZOStep
+    >>> model = nn.Linear(2, 1)
+    >>> x, y = torch.eye(2), torch.tensor([[1.0], [-1.0]])
+    >>> run = ZOStep(model, ZOSettings(lr=1e-2), log="read.log")
+    >>> result = run.step(lambda m: float(((m(x) - y) ** 2).mean()))
+    >>> run.close()
+    >>> from headrace.zo import read_log
+    >>> header, records = read_log("read.log")
+    >>> [record.step for record in records]
+    [0]
+    """
     target = Path(path)
     header, records, _, _ = _parse(target.read_bytes(), target)
     return header, records

@@ -31,6 +31,10 @@ class LowRank(Factored):
     """Rank-``rank`` directions whose right factors last ``steps`` steps.
 
     State: fp32 [p + d, directions * rank] a matrix, nothing on disk.
+
+    >>> from headrace.zo import LowRank
+    >>> LowRank(directions=16, rank=1, steps=50).window_steps
+    50
     """
 
     directions: int

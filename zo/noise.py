@@ -23,7 +23,12 @@ from .host import noise_kernels
 
 
 class Kind(enum.Enum):
-    """Distribution of the noise; every kind has mean 0 and variance 1."""
+    """Distribution of the noise; every kind has mean 0 and variance 1.
+
+    >>> from headrace.zo import Kind
+    >>> [kind.value for kind in Kind]
+    ['gaussian', 'rademacher', 'irwin_hall']
+    """
 
     GAUSSIAN = "gaussian"
     """Standard normal by Box-Muller (about 1.7 ns a value and core on the host)."""

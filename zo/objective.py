@@ -36,6 +36,15 @@ def causal_lm_losses(model: nn.Module, batch: Mapping[str, Any], members: int) -
     Logits are made only at positions that some label of the batch needs: ``members * batch *
     positions * vocabulary`` numbers of the model's dtype.  Losses are taken in fp32, one sequence
     at a time, and summed in fp64.
+
+    >>> import torch
+    >>> from transformers import AutoModelForCausalLM
+    >>> from headrace.zo import causal_lm_losses
+    >>> model = AutoModelForCausalLM.from_pretrained("model-folder")
+    >>> tokens = torch.tensor([[1, 2, 3, 4]])
+    >>> losses = causal_lm_losses(model, {"input_ids": tokens, "labels": tokens}, members=1)
+    >>> len(losses)
+    1
     """
     labels = batch["labels"][:, 1:]
     positions = (labels != IGNORED_LABEL).any(dim=0).nonzero().flatten()
@@ -58,6 +67,15 @@ def label_word_losses(
 
     ``batch`` holds left-padded inputs and ``classes`` (int64 [batch], indices into ``words``, the
     token ids of the candidates).
+
+    >>> import torch
+    >>> from transformers import AutoModelForCausalLM
+    >>> from headrace.zo import label_word_losses
+    >>> model = AutoModelForCausalLM.from_pretrained("model-folder")
+    >>> batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "classes": torch.tensor([0, 1])}
+    >>> losses = label_word_losses(model, batch, members=1, words=(7, 8))
+    >>> len(losses)
+    1
     """
     classes = batch["classes"]
     inputs = {name: value for name, value in batch.items() if name != "classes"}

@@ -27,7 +27,12 @@ TILE_ELEMENTS = 1 << 20
 
 
 class Rounding(enum.Enum):
-    """How an updated weight returns to its storage dtype."""
+    """How an updated weight returns to its storage dtype.
+
+    >>> from headrace.zo import Dense, Rounding
+    >>> Dense(rounding=Rounding.STOCHASTIC).rounding.value
+    'stochastic'
+    """
 
     NEAREST = "nearest"
     """Ties to even."""

@@ -26,7 +26,12 @@ from .perturb import StepUpdate
 @final
 @dataclass(frozen=True, slots=True)
 class CoreAdam:
-    """Adam on the coordinates of a subspace."""
+    """Adam on the coordinates of a subspace.
+
+    >>> from headrace.zo import CoreAdam, RandomSubspace
+    >>> RandomSubspace(directions=4, rank=8, adam=CoreAdam(beta2=0.99)).adam
+    CoreAdam(beta1=0.9, beta2=0.99, eps=1e-08)
+    """
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -43,6 +48,12 @@ class RandomSubspace(Factored):
     """``sqrt(p d) / r * U Z_i V^T``: U [p, r], V [d, r] Haar-orthonormal, Z_i [r, r] normal.
 
     ``adam=None`` is plain descent.  Matrices smaller than ``rank`` use the rank they have.
+
+    >>> from headrace.zo import RandomSubspace, TwoPoint, ZOSettings
+    >>> directions = RandomSubspace(directions=4, rank=8)
+    >>> settings = ZOSettings(lr=1e-3, estimator=TwoPoint(4), directions=directions)
+    >>> settings.directions.rank
+    8
     """
 
     directions: int

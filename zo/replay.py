@@ -29,7 +29,13 @@ JOB_ELEMENTS = 1 << 20
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """128-bit fingerprint of named tensors, whatever their order: names, shapes, dtypes, bytes."""
+    """128-bit fingerprint of named tensors, whatever their order: names, shapes, dtypes, bytes.
+
+    >>> import torch
+    >>> from headrace.zo import fingerprint
+    >>> fingerprint([("a", torch.ones(2)), ("b", torch.zeros(2))])
+    'a0f923431d5e04c02d8810a425cef2f8'
+    """
     lines = []
     for name, tensor in tensors:
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
@@ -157,6 +163,22 @@ def replay(
     ``tensors`` are changed in place.  ``trained`` (name -> shape) defaults to what the log's header
     lists.  The caller compares ``header.base`` with the ``fingerprint`` of the trained tensors;
     ``replay`` checks names and shapes.
+
+    >>> import copy
+    >>> from headrace.zo import read_log, replay
+    >>> import torch
+    >>> from torch import nn
+    >>> from headrace.zo import ZOSettings, ZOStep
+    >>> model = nn.Linear(2, 1)
+    >>> x, y = torch.eye(2), torch.tensor([[1.0], [-1.0]])
+    >>> base = copy.deepcopy(model)
+    >>> run = ZOStep(model, ZOSettings(lr=1e-2), log="tune.log")
+    >>> result = run.step(lambda m: float(((m(x) - y) ** 2).mean()))
+    >>> run.close()
+    >>> header, records = read_log("tune.log")
+    >>> rebuilt = dict(replay(((n, p.detach()) for n, p in base.named_parameters()), header, records))
+    >>> all(torch.equal(rebuilt[n], p) for n, p in model.named_parameters())
+    True
     """
     with Replayer(header, records, trained=trained, threads=threads) as replayer:
         for name, tensor in tensors:

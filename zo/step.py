@@ -43,7 +43,19 @@ MemberObjective = Callable[[nn.Module, int], Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step saw and did."""
+    """What a step saw and did.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from headrace.zo import ZOSettings, ZOStep
+    >>> model = nn.Linear(2, 1)
+    >>> x, y = torch.eye(2), torch.tensor([[1.0], [-1.0]])
+    >>> run = ZOStep(model, ZOSettings(lr=1e-2))
+    >>> result = run.step(lambda m: float(((m(x) - y) ** 2).mean()))
+    >>> result.record.step, len(result.record.losses)
+    (0, 2)
+    >>> run.close()
+    """
 
     record: StepRecord
     loss: float
@@ -59,6 +71,17 @@ class ZOStep:
     by default all that require grad, and for low-rank directions of those the matrices of linear
     layers.  With ``log``, a record is on the medium before its update is applied; the file must not
     exist (``ZOStep.resume`` continues one).
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from headrace.zo import ZOSettings, ZOStep
+    >>> model = nn.Linear(2, 1)
+    >>> x, y = torch.eye(2), torch.tensor([[1.0], [-1.0]])
+    >>> run = ZOStep(model, ZOSettings(lr=1e-2), log="step.log")
+    >>> result = run.step(lambda m: float(((m(x) - y) ** 2).mean()))
+    >>> run.next_step
+    1
+    >>> run.close()
     """
 
     def __init__(
