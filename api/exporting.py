@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -62,7 +62,7 @@ def write_model(
 ) -> None:
     """Write config and weight shards into an empty folder; ``change`` as in ``merged_chunks``."""
     if format is None:
-        _write_ordinary(model, folder, change)
+        write_shards(_checkpoint_tensors(model, change), folder)
     else:
         _write_encoded(model, folder, format)
     _write_config(streamed_model_of(model), folder)
@@ -78,13 +78,14 @@ def streamed_model_of(model: nn.Module) -> StreamedModel:
     raise InputError(f"{type(model).__name__} is not streamed; open it with headrace.load")
 
 
-def _write_ordinary(model: nn.Module, folder: Path, change: Change | None) -> None:
+def write_shards(chunks: Iterable[dict[str, Tensor]], folder: Path) -> None:
+    """Write tensors, some at a time, as safetensors shards with an index if there are several."""
     from safetensors.torch import save_file
 
     weight_map: dict[str, str] = {}
     written: list[Path] = []
     total_bytes = 0
-    for tensors in _shards(model, change):
+    for tensors in _grouped(chunks):
         path = folder / f"model-{len(written) + 1:05d}.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, path.name))
@@ -108,21 +109,25 @@ def _shard_name(place: int, count: int) -> str:
     return f"model-{place + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _shards(model: nn.Module, change: Change | None) -> Iterator[dict[str, Tensor]]:
-    """Tensors under their checkpoint names, in groups of at least ``SHARD_BYTES``."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    streamed = streamed_model_of(model)
+def _grouped(chunks: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     group: dict[str, Tensor] = {}
-    for _, merged in merged_chunks(model, change=change):
-        tensors = {tensor.name: tensor.values() for tensor in merged}
-        reverted = revert_weight_conversion(streamed, tensors)  # type: ignore[arg-type]
-        group.update({name: tensor.contiguous() for name, tensor in reverted.items()})
+    for tensors in chunks:
+        group.update({name: tensor.contiguous() for name, tensor in tensors.items()})
         if sum(tensor.nbytes for tensor in group.values()) >= SHARD_BYTES:
             yield group
             group = {}
     if group:
         yield group
+
+
+def _checkpoint_tensors(model: nn.Module, change: Change | None) -> Iterator[dict[str, Tensor]]:
+    """The merged tensors of each chunk under their checkpoint names."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    streamed = streamed_model_of(model)
+    for _, merged in merged_chunks(model, change=change):
+        tensors = {tensor.name: tensor.values() for tensor in merged}
+        yield revert_weight_conversion(streamed, tensors)  # type: ignore[arg-type]
 
 
 @final
