@@ -46,6 +46,14 @@ def export(model: nn.Module, folder: str | Path, *, format: str | Codec | None =
     (the merged weights are rounded again: expect the error of one more encoding).
 
     Example: ``headrace.export(model, "tuned")``.
+
+    >>> import headrace
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = headrace.load("model-folder", train="none", device="cpu")
+    >>> headrace.export(model, "exported")
+    >>> model.close()
+    >>> AutoModelForCausalLM.from_pretrained("exported").num_parameters()
+    37088
     """
     target = Path(folder)
     check_new_folder(target)

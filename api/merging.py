@@ -25,12 +25,14 @@ def merge_and_unload(
     written to the new ``folder`` (see ``export`` for ``format``), ``model`` is closed, and the
     folder is opened with the same device, budgets and micro-batch, without adapters.
 
-    Example::
-
-        base = headrace.load("model-nf4", train="adapters")
-        tuned = peft.get_peft_model(base, config)
-        ...
-        merged = headrace.merge_and_unload(tuned, "merged", format="same")
+    >>> import headrace
+    >>> from peft import LoraConfig, get_peft_model
+    >>> base = headrace.load("model-folder", train="adapters", device="cpu")
+    >>> tuned = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    >>> merged = headrace.merge_and_unload(tuned, "merged")
+    >>> any("lora" in name for name, _ in merged.named_parameters())
+    False
+    >>> merged.close()
     """
     from .loading import load
 

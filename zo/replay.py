@@ -176,7 +176,8 @@ def replay(
     >>> result = run.step(lambda m: float(((m(x) - y) ** 2).mean()))
     >>> run.close()
     >>> header, records = read_log("tune.log")
-    >>> rebuilt = dict(replay(((n, p.detach()) for n, p in base.named_parameters()), header, records))
+    >>> weights = ((name, p.detach()) for name, p in base.named_parameters())
+    >>> rebuilt = dict(replay(weights, header, records))
     >>> all(torch.equal(rebuilt[n], p) for n, p in model.named_parameters())
     True
     """
