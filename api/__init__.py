@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapting import correct_adapters
     from .budgets import default_budgets, parse_bytes
+    from .callback import HeadraceCallback
     from .errors import DataError, InputError
     from .exporting import export
     from .loading import load
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = MappingProxyType(
     {
         "DataError": "errors",
+        "HeadraceCallback": "callback",
         "HeadraceConfig": "quantization_config",
         "InputError": "errors",
         "Report": "reporting",
@@ -54,6 +56,7 @@ _HOMES = MappingProxyType(
 
 __all__ = [
     "DataError",
+    "HeadraceCallback",
     "HeadraceConfig",
     "InputError",
     "Report",

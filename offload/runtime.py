@@ -253,12 +253,15 @@ class Runtime:
             self._step_history.append((self._step_started, time.perf_counter()))
             self._step_started = None
 
+    def last_step(self) -> StepStatistics | None:
+        """What the lanes did in the last training step; None before the first."""
+        if not self._step_history:
+            return None
+        start, end = self._step_history[-1]
+        return StepStatistics(end - start, self.timeline.statistics(start, end))
+
     def statistics(self) -> EngineStatistics:
         """An immutable snapshot."""
-        last = None
-        if self._step_history:
-            start, end = self._step_history[-1]
-            last = StepStatistics(end - start, self.timeline.statistics(start, end))
         return EngineStatistics(
             steps=self.updates.steps if self.updates is not None else len(self._step_history),
             skipped_steps=self.updates.skipped_steps if self.updates is not None else 0,
@@ -267,7 +270,7 @@ class Runtime:
                 Tier.HOST: self.host_budget.statistics(),
             },
             lanes=self.timeline.statistics(),
-            last_step=last,
+            last_step=self.last_step(),
             stalls=self.timeline.stalls(),
         )
 
