@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .errors import DataError, InputError
     from .exporting import export
     from .loading import load
+    from .loram import prune, recover
     from .merging import merge_and_unload
     from .quantization_config import HeadraceConfig
     from .quantizing import quantize
@@ -45,7 +46,9 @@ _HOMES = MappingProxyType(
         "merge_and_unload": "merging",
         "resume": "resuming",
         "parse_bytes": "budgets",
+        "prune": "loram",
         "quantize": "quantizing",
+        "recover": "loram",
         "report": "reporting",
         "runtime_of": "streamed_model",
         "statistics": "reporting",
@@ -69,7 +72,9 @@ __all__ = [
     "load",
     "merge_and_unload",
     "parse_bytes",
+    "prune",
     "quantize",
+    "recover",
     "report",
     "resume",
     "runtime_of",

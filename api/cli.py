@@ -84,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_quantize,
         _add_verify,
         _add_export,
+        _add_prune,
+        _add_recover,
         _add_report,
         _add_zo,
     )
@@ -261,6 +263,60 @@ def _export(chosen: argparse.Namespace) -> _Output:
     )
     record = {"base": base, "adapters": str(chosen.folder), "out": str(chosen.out)}
     return _Output(f"{base} with the adapters of {chosen.folder} is in {chosen.out}", record)
+
+
+# prune, recover
+
+
+def _add_prune(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "prune",
+        "write a smaller model, its widest channels and heads, to train adapters on (LoRAM)",
+        "  headrace prune Qwen/Qwen3-8B qwen3-half --keep 0.5\n"
+        "  headrace tune --model qwen3-half --data chats.jsonl --method lora --out tuned\n"
+        "  headrace recover tuned --out tuned-whole",
+    )
+    command.add_argument("model", help="folder or hub id")
+    command.add_argument("out", type=Path, help="folder to make")
+    command.add_argument("--keep", type=float, default=0.5, help="share that stays (default: 0.5)")
+    command.add_argument("--device-budget", default=None, help="bytes (default: what is free)")
+    command.add_argument("--host-budget", default=None, help="bytes (default: what is free)")
+    command.set_defaults(run=_prune)
+
+
+def _prune(chosen: argparse.Namespace) -> _Output:
+    from .loram import prune
+
+    prune(
+        chosen.model,
+        chosen.out,
+        keep=chosen.keep,
+        device_budget=chosen.device_budget,
+        host_budget=chosen.host_budget,
+    )
+    record = {"model": chosen.model, "out": str(chosen.out), "keep": chosen.keep}
+    return _Output(f"{chosen.keep:g} of the channels and heads are in {chosen.out}", record)
+
+
+def _add_recover(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "recover",
+        "give adapters that were trained on a pruned model the shapes of the whole one",
+        "  headrace recover tuned --out tuned-whole",
+    )
+    command.add_argument("folder", type=Path, help="adapter folder, as tune --method lora saves")
+    command.add_argument("--out", type=Path, required=True, help="folder to make")
+    command.set_defaults(run=_recover)
+
+
+def _recover(chosen: argparse.Namespace) -> _Output:
+    from .loram import recover
+
+    recover(chosen.folder, chosen.out)
+    record = {"adapters": str(chosen.folder), "out": str(chosen.out)}
+    return _Output(f"the adapters of {chosen.folder} fit the whole model in {chosen.out}", record)
 
 
 # quantize
