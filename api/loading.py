@@ -28,6 +28,7 @@ from headrace.offload.lanes import open_lanes, pin_host_memory, unpin_host_memor
 from headrace.offload.layer import stream_module
 from headrace.offload.loss import StreamedHead
 from headrace.offload.pool import SlabPool
+from headrace.offload.ranks import Ranks
 from headrace.offload.runtime import BoundParameters, Runtime, placeholder
 from headrace.offload.scratch import Scratch
 from headrace.offload.source import ReadPlan
@@ -43,6 +44,7 @@ from .checkpoint import Checkpoint, ConvertedBacking
 from .copying import make_copyable
 from .errors import InputError
 from .native_checkpoint import AssembledBacking, plan_native, take_quantization_settings
+from .rank_folders import find_ranks, rank_folder
 from .selection import Selection, SlimFit, selection_of, train_only
 from .streamed_model import StreamedModel, streamed_class
 from .streamed_parameter import streamed_parameter
@@ -115,7 +117,8 @@ def load(
     place = ParkPlace(activations)
     target = _device(device)
     folder = find_folder(model)
-    paths = _store_paths(store)
+    ranks = None if train == "none" else find_ranks()
+    paths = {rank_folder(path, ranks): weight for path, weight in _store_paths(store).items()}
     if trains_weights and not paths:
         raise InputError(f"train={train!r} keeps weights and states on disk: give store='FOLDER'")
     config = AutoConfig.from_pretrained(folder)
@@ -153,7 +156,7 @@ def load(
             update=update or "forward",
             durability=durability,
             snapshot_every=snapshot_every,
-            fingerprint=_fingerprint(skeleton, chunks),
+            fingerprint=_fingerprint(skeleton, chunks, ranks),
             meta={
                 "model": str(folder.absolute()),
                 "train": train if selection is None else str(selection),
@@ -182,6 +185,7 @@ def load(
             ),
             trainable=trains_weights,
             options=options,
+            ranks=ranks,
             opened=opened,
         )
         if selection is not None:
@@ -205,6 +209,7 @@ def attach(
     tile_bytes: int,
     trainable: bool,
     options: TrainingOptions | None,
+    ranks: Ranks | None,
     opened: ExitStack,
 ) -> None:
     """Put placeholders, chunks and lanes under a model whose parameters are on meta."""
@@ -280,7 +285,10 @@ def attach(
     assert isinstance(model, StreamedModel)
     model._runtime = runtime
     model._head = head
-    model._training_side = Training(runtime, disk, scratch, gathered_names, options)
+    model._training_side = Training(runtime, disk, scratch, gathered_names, options, ranks)
+    if ranks is not None:
+        # Gradients are averaged chunk by chunk: DistributedDataParallel must not wrap it.
+        model._is_accelerate_prepared = True
     closing.callback(runtime.workspace.close)
     closing.callback(runtime.parking.close)
     model.train(trainable)
@@ -393,10 +401,13 @@ def check_complete(
         )
 
 
-def _fingerprint(model: PreTrainedModel, chunks: Sequence[ModuleChunk]) -> dict[str, Any]:
-    """What a store belongs to: the class and every parameter's name, shape and dtype."""
+def _fingerprint(
+    model: PreTrainedModel, chunks: Sequence[ModuleChunk], ranks: Ranks | None
+) -> dict[str, Any]:
+    """What a store belongs to: the class, every parameter's name, shape and dtype, the rank."""
     lines = [f"{n} {tuple(p.shape)} {p.dtype}" for c in chunks for n, p in c.parameters.items()]
-    return {
+    of_rank = {} if ranks is None else {"rank": f"{ranks.rank} of {ranks.count}"}
+    return of_rank | {
         "class": type(model).__name__,
         "parameters": xxhash.xxh3_128_hexdigest("\n".join(lines).encode()),
     }

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from headrace.offload.commit import read_layout
 from headrace.offload.errors import StoreError
+from headrace.offload.ranks import Ranks
 
 from .loading import load
+from .rank_folders import find_ranks, rank_folder
 
 
 def resume(
@@ -40,7 +42,10 @@ def resume(
     1
     >>> model.close()
     """
-    paths = [Path(p) for p in ([store] if isinstance(store, (str, Path)) else store)]
+    ranks = find_ranks()
+    given = [Path(p) for p in ([store] if isinstance(store, (str, Path)) else store)]
+    paths = [rank_folder(path, ranks) for path in given]
+    _check_ranks(given, ranks)
     for path in paths:
         layout = read_layout(path) if path.is_dir() else None
         if layout is not None:
@@ -56,3 +61,15 @@ def resume(
     options["snapshot_every"] = layout.snapshot_every
     model = changes.pop("model", meta.get("model"))
     return load(str(model), store=store, resume=True, **{**options, **changes})
+
+
+def _check_ranks(folders: Sequence[Path], ranks: Ranks | None) -> None:
+    """Refuse a store that was written by another number of ranks."""
+    found = sorted(p.name for folder in folders for p in folder.glob("rank-*-of-*"))
+    count = 1 if ranks is None else ranks.count
+    if found and not any(name.endswith(f"-of-{count}") for name in found):
+        raise StoreError(
+            f"{folders[0]} was written by {found[0].rpartition('-')[2]} ranks and this run has "
+            f"{count}. Start as many, or take the run over with headrace.export and "
+            f"headrace.export_states there and headrace.import_states here."
+        )

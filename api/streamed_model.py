@@ -238,11 +238,12 @@ def runtime_of(model: nn.Module) -> Runtime:
     device(type='cpu')
     >>> model.close()
     """
-    if not isinstance(model, StreamedModel):
-        raise InputError(
-            f"{type(model).__name__} is not a streamed model; open it with headrace.load(...)"
-        )
-    return model._runtime
+    for module in model.modules():  # wrappers, PEFT's and others, are seen through
+        if isinstance(module, StreamedModel):
+            return module._runtime
+    raise InputError(
+        f"{type(model).__name__} is not a streamed model; open it with headrace.load(...)"
+    )
 
 
 def _streamed_forward(kind: type[nn.Module]) -> Callable[..., Any]:

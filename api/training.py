@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor, nn
 
-from headrace.offload.chunk import ChunkLayout, Tile, plan_tiles
+from headrace.offload.chunk import PAGE_BYTES, ChunkLayout, Tile, plan_tiles
 from headrace.offload.errors import BudgetError, HeadraceError
 from headrace.offload.extents import Region
 from headrace.offload.gradient import Gradients, HostGradient
 from headrace.offload.handle import GradientHandle
 from headrace.offload.io import DiskLanes
+from headrace.offload.members import committed_steps
 from headrace.offload.pool import Slab
 from headrace.offload.protocols import UpdateRule
+from headrace.offload.ranks import Ranks, SharedStates
 from headrace.offload.runtime import Runtime
 from headrace.offload.scratch import Scratch
 from headrace.offload.store import Store
@@ -69,7 +71,9 @@ class Training:
         scratch: Scratch | None,
         gathered: frozenset[str],
         options: TrainingOptions | None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
         self._runtime = runtime
         self._lanes = lanes
         self._scratch = scratch
@@ -103,6 +107,8 @@ class Training:
                 "Load the model again to use another one."
             )
         self._optimizer = optimizer
+        if self._ranks is not None:
+            self._join(self._ranks, list(self._resident().values()))
         if not trainable:
             if self._options is not None:
                 self._open_adapters(optimizer)
@@ -121,14 +127,32 @@ class Training:
             )
         self._open(optimizer, trainable)
 
+    def _join(self, ranks: Ranks, resident: list[nn.Parameter]) -> None:
+        """Keep parameters that are not streamed equal in all ranks, as DDP would."""
+        ranks.take_over(resident)
+        # Averages of what all ranks share stay as they are, so that a gradient may be averaged
+        # after every backward pass of a step.
+        self._runtime.after_backward = lambda: ranks.average_resident(resident)
+
+    def _opened(self, options: TrainingOptions) -> Store:
+        """The run's store at its last step; with several ranks, at the last that all have."""
+        paths, step = list(options.paths), None
+        if self._ranks is not None:
+            step = self._ranks.least(committed_steps(paths)[0])
+        return Store.open(
+            paths,
+            lanes=self._lanes,
+            expect_fingerprint=options.fingerprint,
+            keep_previous=self._ranks is not None,
+            step=step,
+        )
+
     def _open_adapters(self, optimizer: RuleOptimizer) -> None:
         """Frozen base: the store holds no regions, only adapters and states in its records."""
         options = self._options
         assert options is not None
         if options.resume:
-            store = Store.open(
-                list(options.paths), lanes=self._lanes, expect_fingerprint=options.fingerprint
-            )
+            store = self._opened(options)
         else:
             store = Store.create(
                 options.paths,
@@ -138,6 +162,7 @@ class Training:
                 meta=options.meta,
                 lanes=self._lanes,
                 snapshot_every=options.snapshot_every,
+                keep_previous=self._ranks is not None,
             )
         self._runtime.store = store
         self._runtime.closing.callback(self._close)
@@ -151,6 +176,8 @@ class Training:
             self._resident_steps += 1
             if options.durability != "none":
                 user, blobs = self._record()
+                if self._ranks is not None:
+                    self._ranks.wait_for_all()  # nobody's last commit may still be under way
                 store.commit(user, blobs=blobs)
 
         optimizer.register_step_post_hook(committed)
@@ -208,6 +235,15 @@ class Training:
             n: plan_tiles(layout, rules, tile_bytes=TILE_BYTES) for n, layout in layouts.items()
         }
         on_device = frozenset(layouts) - self._gathered
+        shared = None
+        if self._ranks is not None:
+            tiles = {
+                name: plan_tiles(layout, rules, tile_bytes=_even_tile(tiles[name], self._ranks))
+                for name, layout in layouts.items()
+            }
+            whole = {n: engine.chunks[n].layout for n in layouts}
+            shared = SharedStates(self._ranks, tiles, whole)
+            tiles = shared.tiles
         self._check_room(layouts, tiles, on_device)  # before anything is made
         store = self._open_store(layouts, tiles)
         runtime.store = store
@@ -226,6 +262,7 @@ class Training:
             states,
             mode=options.update,
             slot_update=slot_update,
+            across_ranks=shared,
         )
         updates.gradients = Gradients(
             engine,
@@ -234,6 +271,7 @@ class Training:
             hold_all=hold_all,
             scratch=None if updates.early or hold_all else self._scratch,
             complete=updates.add,
+            across_ranks=None if self._ranks is None else self._ranks.average,
         )
         updates.arrived = self._arrived
         updates.gradients.dropped = self._dropped
@@ -250,9 +288,7 @@ class Training:
         assert options is not None
         chunks = runtime.engine.chunks
         if options.resume:
-            store = Store.open(
-                list(options.paths), lanes=self._lanes, expect_fingerprint=options.fingerprint
-            )
+            store = self._opened(options)
             for name in layouts:
                 rebase(runtime.engine, chunks[name], store)
             return store
@@ -266,6 +302,7 @@ class Training:
             meta=options.meta,
             lanes=self._lanes,
             snapshot_every=options.snapshot_every,
+            keep_previous=self._ranks is not None,
         )
         for name in layouts:
             import_chunk(runtime.engine, chunks[name], store)
@@ -283,7 +320,7 @@ class Training:
         """Refuse budgets that cannot hold one chunk beside its gradients and states."""
         runtime = self._runtime
         chunks = runtime.engine.chunks
-        largest_tile = max(t.nbytes for of_chunk in tiles.values() for t in of_chunk)
+        largest_tile = _largest(tiles)
         chunk_bytes, name = max((c.backing.host_nbytes, n) for n, c in chunks.items())
         gradients = Gradients.host_bytes(layouts, hold_all=False)
         importing = chunk_bytes + max(c.layout.nbytes for c in chunks.values())
@@ -315,7 +352,7 @@ class Training:
         assert options is not None
         engine = runtime.engine
         limit = runtime.host_budget.limit_bytes
-        largest_tile = max(t.nbytes for of_chunk in tiles.values() for t in of_chunk)
+        largest_tile = _largest(tiles)
         largest_chunk = max(c.backing.host_nbytes for c in engine.chunks.values())
         moving = RING_SLABS * largest_tile + WEIGHT_SLABS * largest_chunk
         ring_gradients = Gradients.host_bytes(layouts, hold_all=False)
@@ -473,3 +510,13 @@ class Training:
         if store is not None and options is not None and options.durability != "none":
             user, blobs = self._record()
             store.commit(user, blobs=blobs)
+
+
+def _largest(tiles: Mapping[str, tuple[Tile, ...]]) -> int:
+    """Bytes of the largest tile; a page where all of this rank's states are elsewhere."""
+    return max((t.nbytes for of_chunk in tiles.values() for t in of_chunk), default=PAGE_BYTES)
+
+
+def _even_tile(tiles: Sequence[Tile], ranks: Ranks) -> int:
+    """Tiles so small that every rank can have its part of a chunk's states."""
+    return min(TILE_BYTES, -(-sum(t.nbytes for t in tiles) // ranks.count))

@@ -27,6 +27,7 @@ from .record import (
     EXTENTS_NAME,
     JSON,
     LAYOUT_NAME,
+    PREVIOUS_NAME,
     BlobEntry,
     CommitRecord,
     Fields,
@@ -74,9 +75,30 @@ def write_record(folder: Path, record: CommitRecord, calls: SystemCalls) -> None
     replace_file(folder / COMMIT_NAME, encode("commit", record.to_body()), calls)
 
 
-def read_record(folder: Path, layout: Layout) -> CommitRecord | None:
-    """Return the last committed record, or None if nothing was ever committed."""
-    path = folder / COMMIT_NAME
+def keep_record(folder: Path, calls: SystemCalls) -> None:
+    """Give the record in force a second name, under which the next commit leaves it.
+
+    Durable with the next record, whose commit syncs the folder after both renames.
+    """
+    draft = folder / (PREVIOUS_NAME + ".tmp")
+    with suppress(FileNotFoundError):
+        os.unlink(draft)
+    try:
+        os.link(folder / COMMIT_NAME, draft)
+    except FileNotFoundError:  # the first commit
+        return
+    calls.rename(draft, folder / PREVIOUS_NAME)
+
+
+def bring_back_record(folder: Path, calls: SystemCalls) -> None:
+    """Put the record before the last in force again."""
+    calls.rename(folder / PREVIOUS_NAME, folder / COMMIT_NAME)
+    calls.sync_folder(folder)
+
+
+def read_record(folder: Path, layout: Layout, name: str = COMMIT_NAME) -> CommitRecord | None:
+    """Return the last committed record (or the one before it), or None if there is none."""
+    path = folder / name
     try:
         data = read_small_file(path)
     except FileNotFoundError:
@@ -198,10 +220,13 @@ def make_durable(
     blobs: Mapping[str, bytes],
     lanes: DiskLanes,
     requests: Requests,
+    *,
+    keep_previous: bool = False,
 ) -> CommitRecord:
     """Make a record real and return it with its blobs: stamps, extents, blobs, then the record.
 
     The order is the guarantee: whatever the record names is on the disk before the record is.
+    ``keep_previous`` leaves the record that it replaces under a name of its own.
     """
     step = f"step {record.step}"
     for member, file in enumerate(files):
@@ -213,6 +238,8 @@ def make_durable(
         entries = write_blobs(folder, record.blob_file, blobs, lanes.calls)
     record = replace(record, blobs=entries)
     with lanes.watched(f"the record of {step} in {folder}"):
+        if keep_previous:
+            keep_record(folder, lanes.calls)
         write_record(folder, record, lanes.calls)
     return record
 
@@ -221,7 +248,7 @@ def make_durable(
 
 OUR_NAMES = frozenset(
     {LAYOUT_NAME, COMMIT_NAME, EXTENTS_NAME, *BLOB_NAMES, "lock"}
-    | {LAYOUT_NAME + ".tmp", COMMIT_NAME + ".tmp"}
+    | {LAYOUT_NAME + ".tmp", COMMIT_NAME + ".tmp", PREVIOUS_NAME, PREVIOUS_NAME + ".tmp"}
 )
 # A drive's own folder at the root of its filesystem.
 _HARMLESS_NAMES = frozenset({"lost+found"})

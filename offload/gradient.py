@@ -87,12 +87,15 @@ class Gradients:
         hold_all: bool,
         scratch: Scratch | None,
         complete: Callable[[HostGradient], None],
+        across_ranks: Callable[[HostGradient], None] | None = None,
     ) -> None:
         """``on_device``: chunks whose gradient is made on the device (the rest: rows, on host).
 
         ``hold_all``: every chunk keeps a host slab of its own; else two slabs serve all.
         ``scratch``: where complete gradients wait on disk; None: they are used at once.
+        ``across_ranks``: combines a gradient with those of other processes when it is complete.
         """
+        self._across_ranks = across_ranks
         self._scratch = scratch
         self._engine = engine
         self.layouts = dict(layouts)
@@ -247,14 +250,15 @@ class Gradients:
         partial = self._partial.get(name)
         if partial is not None:
             self.restore(partial, must=True)
-        if not touched:
+        if not touched and self._across_ranks is None:
             self._idle_device.append(slot)
         elif partial is None:
             partial = self._partial[name] = HostGradient(name, layout, self._host_slab(name))
             partial.touched |= touched
             kept = [s for s in layout.slots if s.name in touched]
-            norms = torch._foreach_norm([s.view(slot.buffer) for s in kept])
-            partial.norms = {s.name: n for s, n in zip(kept, norms, strict=True)}
+            if kept and self._across_ranks is None:
+                norms = torch._foreach_norm([s.view(slot.buffer) for s in kept])
+                partial.norms = {s.name: n for s, n in zip(kept, norms, strict=True)}
             partial.arrival = engine.lanes.download(
                 f"d2h gradient of {name}",
                 slot.buffer,
@@ -310,6 +314,8 @@ class Gradients:
             self._begun.discard(name)
             partial = self._partial.get(name)
             if partial is not None:
+                if self._across_ranks is not None:
+                    self._across_ranks(partial)
                 if self._scratch is not None:
                     partial.complete_norms()  # while the bytes are at hand
                     self._spill(partial)

@@ -193,6 +193,7 @@ class _StreamedCall(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # type: ignore[override]
         runtime, name, call = ctx.runtime, ctx.name, ctx.call
+        runtime.backward_runs()
         parked: list[Parked] = ctx.parked
         tensors = [p.fetch() for p in reversed(parked)][::-1]
         wanted = ctx.needs_input_grad[5:]

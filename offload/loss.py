@@ -371,6 +371,7 @@ class _TiledLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         work: _LossWork = ctx.work
         runtime, chunk = work.head.runtime, work.head.chunk
+        runtime.backward_runs()
         hidden: Tensor = ctx.parked.fetch()
         wanted = ctx.needs_input_grad[2]
         result = torch.empty_like(hidden) if wanted else None

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from .commit import (
     Stamp,
+    bring_back_record,
     foreign_names,
     read_layout,
     read_record,
@@ -36,6 +37,7 @@ from .record import (
     EXTENTS_NAME,
     JSON,
     LAYOUT_NAME,
+    PREVIOUS_NAME,
     CommitRecord,
     Layout,
 )
@@ -81,10 +83,25 @@ def make_members(
     return tuple(files)
 
 
+def committed_steps(folders: Sequence[Path]) -> tuple[int, ...]:
+    """The steps at which a store can be opened, newest first: one, or two if it keeps both."""
+    primary, layout = _find_layout(folders)
+    records = (read_record(primary, layout, name) for name in (COMMIT_NAME, PREVIOUS_NAME))
+    return tuple(sorted({record.step for record in records if record is not None}, reverse=True))
+
+
 def open_members(
-    folders: Sequence[Path], expected: Mapping[str, JSON] | None, resources: ExitStack
+    folders: Sequence[Path],
+    expected: Mapping[str, JSON] | None,
+    resources: ExitStack,
+    *,
+    lanes: DiskLanes,
+    step: int | None = None,
 ) -> OpenStore:
-    """Lock and check a store's folders; ``resources`` closes what is opened."""
+    """Lock and check a store's folders; ``resources`` closes what is opened.
+
+    ``step``: open at this step, the last one or the one before it (if that was kept).
+    """
     for folder in folders:
         if not folder.is_dir():
             raise StoreError(f"{folder}: there is no such folder, so no store to open")
@@ -107,6 +124,16 @@ def open_members(
             f"{primary}: the run was stopped before its first commit, so there is nothing to "
             f"resume. Start it again on the same folder."
         )
+    if step is not None and record.step != step:
+        previous = read_record(primary, layout, PREVIOUS_NAME)
+        if previous is None or previous.step != step:
+            raise StoreError(
+                f"{primary}: it was asked for step {step}, but it holds "
+                f"{' and '.join(map(str, committed_steps(folders)))}. Resume from another copy."
+            )
+        _order_members(folders, layout, previous.sequence)  # refuses before anything changes
+        bring_back_record(primary, lanes.calls)
+        record = previous
     ordered = _order_members(folders, layout, record.sequence)
     files = []
     for folder, nbytes in zip(ordered, layout.member_bytes, strict=True):

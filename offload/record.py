@@ -30,6 +30,7 @@ Durability = Literal["step", "checkpoint", "none"]
 FORMAT_VERSION = 1
 LAYOUT_NAME = "layout.json"
 COMMIT_NAME = "commit.json"
+PREVIOUS_NAME = "previous.json"
 EXTENTS_NAME = "extents.bin"
 BLOB_NAMES = ("blobs.0.bin", "blobs.1.bin")
 # Extents begin behind two pages of stamps; see ``stamp``.

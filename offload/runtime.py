@@ -7,7 +7,7 @@ splits into micro-batches.  It owns the files, lanes and slabs of the run and cl
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, final
@@ -145,6 +145,9 @@ class Runtime:
     embeddings: dict[str, StreamedEmbedding] = field(default_factory=dict)
     heads: dict[str, StreamedHead] = field(default_factory=dict)
     current: Pass | None = None
+    # Called once at the end of every backward pass through the model.
+    after_backward: Callable[[], None] | None = None
+    _after_backward_due: bool = False
     _anchor: Tensor | None = None
     _step_started: float | None = None
     _step_history: list[tuple[float, float]] = field(default_factory=list)
@@ -180,6 +183,8 @@ class Runtime:
             return
         if training and self._step_started is None:
             self._step_started = time.perf_counter()
+        if training:
+            self._after_backward_due = False  # a backward pass that failed never ended
         if not training and self.updates is not None:
             self.updates.flush()
         self.current = Pass(batch_size, self.micro_batch or batch_size)
@@ -238,6 +243,20 @@ class Runtime:
                 hook.remove()
             for parameter in self.bound[name].parameters.values():
                 parameter.grad = None
+
+    def backward_runs(self) -> None:
+        """Note, inside a node's backward, that a backward pass is under way."""
+        if self.after_backward is None or self._after_backward_due:
+            return
+        self._after_backward_due = True
+
+        def ended() -> None:
+            self._after_backward_due = False
+            assert self.after_backward is not None
+            self.after_backward()
+
+        # Runs when the outermost backward call has accumulated all gradients.
+        torch.autograd.Variable._execution_engine.queue_callback(ended)  # type: ignore[attr-defined]
 
     def gradient_views(self, name: str) -> dict[str, Tensor]:
         """Inside ``collecting``: the chunk's gradient so far, as device views."""

@@ -64,6 +64,7 @@ class Store:
         *,
         lanes: DiskLanes,
         verify_reads: VerifyReads,
+        keep_previous: bool,
         resources: ExitStack,
     ) -> None:
         """Use ``create`` or ``open``; ``resources`` holds the locks and files."""
@@ -73,6 +74,7 @@ class Store:
         self._record = record = opened.record
         self._lanes = lanes
         self._verify_reads = verify_reads
+        self._keep_previous = keep_previous
         self._resources = resources
         self._lock = threading.Lock()
         self._states = {region.name: RegionState(region) for region in layout.regions}
@@ -107,13 +109,16 @@ class Store:
         lanes: DiskLanes,
         snapshot_every: int = 1,
         verify_reads: VerifyReads = "first",
+        keep_previous: bool = False,
     ) -> Self:
         """Make a store in new or empty folders, with all of its disk space reserved.
 
         ``fingerprint`` says what the state belongs to (model, library) and is compared on
         ``open``; ``meta`` is whatever the caller needs to interpret the regions.  A folder
         in which a store was begun but nothing was ever committed is used again; any other
-        content is refused.
+        content is refused.  ``keep_previous`` keeps the record before the last as well, so that
+        several stores whose commits belong together can be opened at a step that all of them
+        have; its bytes are valid until the first write after a commit.
         """
         weights = weights_of(paths)
         folders = list(weights)
@@ -137,6 +142,7 @@ class Store:
                 OpenStore(tuple(folders), files, layout, None),
                 lanes=lanes,
                 verify_reads=verify_reads,
+                keep_previous=keep_previous,
                 resources=resources.pop_all(),
             )
 
@@ -148,13 +154,22 @@ class Store:
         lanes: DiskLanes,
         expect_fingerprint: Mapping[str, JSON] | None = None,
         verify_reads: VerifyReads = "first",
+        keep_previous: bool = False,
+        step: int | None = None,
     ) -> Self:
-        """Open a store at its last committed step; its folders may be given in any order."""
+        """Open a store at its last committed step; its folders may be given in any order.
+
+        ``step`` asks for one of ``committed_steps``: an older one is in force from then on.
+        """
         folders = list(weights_of(paths))
         with ExitStack() as resources:
-            opened = open_members(folders, expect_fingerprint, resources)
+            opened = open_members(folders, expect_fingerprint, resources, lanes=lanes, step=step)
             return cls(
-                opened, lanes=lanes, verify_reads=verify_reads, resources=resources.pop_all()
+                opened,
+                lanes=lanes,
+                verify_reads=verify_reads,
+                keep_previous=keep_previous,
+                resources=resources.pop_all(),
             )
 
     # Reading and writing #
@@ -353,7 +368,13 @@ class Store:
                 blobs={},
             )
             record = make_durable(
-                self._folders[0], self._files, record, blobs, self._lanes, self._requests
+                self._folders[0],
+                self._files,
+                record,
+                blobs,
+                self._lanes,
+                self._requests,
+                keep_previous=self._keep_previous,
             )
         except BaseException as error:  # noqa: BLE001  (kept, and raised to whoever waits)
             with self._lock:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -44,6 +44,18 @@ class SlotUpdate:
     step: int
     seed: int
     factor: Tensor | float | None  # multiplies the gradient, in its own dtype, before the update
+
+
+class AcrossRanks(Protocol):
+    """What updates need of the other processes of a run that shares its states."""
+
+    def wait_for_all(self) -> None:
+        """Return once every rank has come here; called by the driving thread."""
+        ...
+
+    def exchange(self, chunk: str, buffer: Tensor) -> None:
+        """Fill in the weights that other ranks have updated; called by the update lane."""
+        ...
 
 
 @final
@@ -188,8 +200,14 @@ class Updates:
         *,
         mode: str,
         slot_update: Callable[[str], tuple[UpdateRule, Mapping[str, Any], int]],
+        across_ranks: AcrossRanks | None = None,
     ) -> None:
-        """``slot_update(name)`` gives (rule, hyper-parameters now, seed) of a parameter."""
+        """``slot_update(name)`` gives (rule, hyper-parameters now, seed) of a parameter.
+
+        ``across_ranks``: the processes that share the states of this run, if there are several.
+        """
+        self._across_ranks = across_ranks
+        self._unshared_commit = False  # durable here, not known to be so in every rank
         self._engine = engine
         self._store = store
         self._states = states
@@ -336,7 +354,8 @@ class Updates:
         self.steps += 1
         self._commit_due = commit
         self._maybe_commit()
-        if self.mode == "backward":
+        if self.mode == "backward" or self._across_ranks is not None:
+            # Ranks exchange weights chunk by chunk, so all must update in the same order.
             self._start_all()
         return True
 
@@ -381,6 +400,11 @@ class Updates:
         if not self._engine.take_for_update(chunk, must=must):
             return False
         self._await_commit()
+        if self._unshared_commit and self._across_ranks is not None:
+            # The first write after a commit spoils the step before it, which a rank whose own
+            # commit is still under way might have to go back to.
+            self._across_ranks.wait_for_all()
+            self._unshared_commit = False
         updates = self._ready.pop(chunk.name)
         future: Future[Transfer] = self._thread.submit(
             self._run, chunk, gradient, updates, chunk.filling
@@ -415,6 +439,7 @@ class Updates:
         if self._commit is not None:
             self._engine.wait_for(self._commit, "commit")
             self._commit = None
+            self._unshared_commit = True
 
     def _maybe_commit(self) -> None:
         if self._commit_due is not None and not self._running and not self._ready:
@@ -469,6 +494,8 @@ class Updates:
                     )
 
         self._states.run(chunk.name, visit)
+        if self._across_ranks is not None:
+            self._across_ranks.exchange(chunk.name, buffer)
         return self._write_weights(chunk)
 
     def _write_weights(self, chunk: Chunk) -> Transfer:

@@ -1,0 +1,34 @@
+"""Whether a model is loaded as one rank of several, and where that rank keeps its store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from headrace.offload.ranks import Ranks
+
+from .errors import InputError
+
+
+def find_ranks() -> Ranks | None:
+    """The ranks of this run, or None where this process is the only one.
+
+    Every rank must call this at the same point.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return Ranks() if dist.get_world_size() > 1 else None
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1":
+        raise InputError(
+            f"WORLD_SIZE is {count}, but torch.distributed is not initialised, so the ranks cannot "
+            f"average their gradients. Call torch.distributed.init_process_group() before "
+            f"headrace.load (TrainingArguments(...) does it, if it is made first)"
+        )
+    return None
+
+
+def rank_folder(folder: Path, ranks: Ranks | None) -> Path:
+    """A rank's own part of a store's folder."""
+    return folder if ranks is None else folder / f"rank-{ranks.rank}-of-{ranks.count}"
