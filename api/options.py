@@ -17,7 +17,8 @@ from .errors import InputError
 from .saving import check_new_folder
 from .selection import selection_of
 
-Method = Literal["lora", "full"]
+Method = Literal["lora", "full", "zo"]
+ZOMethod = Literal["recommended", "mezo"]
 Schedule = Literal["constant", "linear", "cosine"]
 Master = Literal["fp32", "split", "sr"]
 Update = Literal["backward", "forward"]
@@ -32,6 +33,7 @@ CHOICES = {
     "update": (None, *get_args(Update)),
     "labels": get_args(Labels),
     "packing": (None, *get_args(Packing)),
+    "zo_method": get_args(ZOMethod),
 }
 
 
@@ -46,17 +48,22 @@ class TuneOptions:
 
     Memory: ``device`` (None: the accelerator if there is one), ``device_budget`` and
     ``host_budget`` (bytes or text; None: what is free less a margin), ``store`` (folder for what
-    changes; None: ``<out>.store`` for ``method="full"``, nothing for LoRA), ``resume`` (go on with
+    changes; None: ``<out>.store``, nothing for LoRA), ``resume`` (go on with
     the run that the store holds, which had the same options).
 
     Training: ``steps`` or ``epochs`` (neither: one epoch), rows a step ``batch_size``, rows
     through a layer at a time ``micro_batch``, tokens a row ``seq_len``, ``lr`` (None: 2e-4 for
-    LoRA, 2e-5 for full), ``schedule``, ``warmup`` (steps, or below 1 a fraction of them),
-    ``max_grad_norm`` (None: 1.0, or off for ``update="backward"``; 0: off), ``optimizer``,
-    ``weight_decay``, ``master``, ``update``, ``seed``.
+    LoRA, 2e-5 for full, 3e-5 for zo, 1e-6 for its mezo), ``schedule``, ``warmup`` (steps, or
+    below 1 a fraction of them), ``max_grad_norm`` (None: 1.0, or off for
+    ``update="backward"``; 0: off), ``optimizer``, ``weight_decay``, ``master``, ``update``,
+    ``seed``.
 
     ``train`` (full only): the weights to train, None for all of them: ``spectrum:SHARE``,
     ``slimfit:SHARE`` or ``regex:PATTERN``, see ``selection``.
+
+    Zeroth order (``method="zo"``, forwards only; every row of a step passes at once):
+    ``zo_method`` (``"recommended"``: ``zo_directions`` rank-1 probes in one forward; ``"mezo"``:
+    two dense ones, for models that fit a tier), ``zo_eps`` (size of a probe).
 
     LoRA: ``lora_rank``, ``lora_alpha``, ``lora_dropout`` on every linear layer but the head.
 
@@ -104,6 +111,9 @@ class TuneOptions:
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
+    zo_method: ZOMethod = "recommended"
+    zo_directions: int = 15
+    zo_eps: float = 1e-3
     eval_every: int = 0
     eval_rows: int = 32
     prompt: str | None = None
@@ -155,7 +165,11 @@ class TuneOptions:
     @property
     def learning_rate(self) -> float:
         """The peak learning rate, default filled in."""
-        return self.lr if self.lr is not None else (2e-4 if self.method == "lora" else 2e-5)
+        if self.lr is not None:
+            return self.lr
+        if self.method == "zo":
+            return 1e-6 if self.zo_method == "mezo" else 3e-5
+        return 2e-4 if self.method == "lora" else 2e-5
 
     @property
     def clip_norm(self) -> float | None:
@@ -204,11 +218,12 @@ _LEAST = {
     "weight_decay": 0,
     "seed": 0,
     "lora_rank": 1,
+    "zo_directions": 2,
     "eval_every": 0,
     "eval_rows": 1,
     "sample_tokens": 0,
 }
-_POSITIVE = ("epochs", "lr", "lora_alpha")
+_POSITIVE = ("epochs", "lr", "lora_alpha", "zo_eps")
 _FRACTIONS = ("held_out", "lora_dropout")
 
 

@@ -98,14 +98,19 @@ def recorded_options(store: Path, changed: Mapping[str, Any]) -> TuneOptions:
     from headrace.offload.store import Store
     from headrace.offload.timeline import Timeline
 
+    from .zo_run import is_zo_run, read_run
+
     if not store.is_dir():
         raise InputError(f"--resume {store}: no such folder")
     fixed = sorted(name.replace("_", "-") for name in changed.keys() - CHANGEABLE)
     if fixed:
         raise InputError(f"--{fixed[0]} cannot change when a run is resumed; leave it out")
-    with DiskLanes(timeline=Timeline()) as lanes, Store.open([store], lanes=lanes) as opened:
-        user = opened.last_user
-    record = _tune_record(user.get("user") if isinstance(user, Mapping) else None, store)
+    if is_zo_run(store):
+        record = read_run(store)
+    else:
+        with DiskLanes(timeline=Timeline()) as lanes, Store.open([store], lanes=lanes) as opened:
+            user = opened.last_user
+        record = _tune_record(user.get("user") if isinstance(user, Mapping) else None, store)
     known = {field.name for field in fields(TuneOptions)}
     recorded = {name: value for name, value in record["options"].items() if name in known}
     return TuneOptions(**{**recorded, "store": store, **changed, "resume": True})

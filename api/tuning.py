@@ -70,8 +70,8 @@ class TuneResult:
 def tune(options: TuneOptions, *, watcher: Watcher | None = None) -> TuneResult:
     """Fine-tune a model as ``options`` say and save the result as a Hugging Face folder.
 
-    ``method="full"`` saves a whole model, ``"lora"`` an adapter folder; ``from_pretrained`` opens
-    both.  ``watcher`` None shows a progress bar on the standard error.
+    ``method="full"`` and ``"zo"`` save a whole model, ``"lora"`` an adapter folder;
+    ``from_pretrained`` opens both.  ``watcher`` None shows a progress bar on the standard error.
 
     >>> from pathlib import Path
     >>> import headrace
@@ -87,6 +87,12 @@ def tune(options: TuneOptions, *, watcher: Watcher | None = None) -> TuneResult:
     watcher = watcher or ConsoleWatcher()
     began = time.perf_counter()
     material = prepare(options)
+    if options.method == "zo":
+        from .zo_tuning import tune_zo
+
+        with torch.random.fork_rng():
+            torch.manual_seed(options.seed)
+            return tune_zo(options, material, watcher, began)
     selection = None if options.train is None else selection_of(options.train)
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
@@ -165,8 +171,8 @@ def _train(
         memory.restore(training.resumed_user or {}, options.store_folder)
         watcher.say(f"going on after step {first_step} of {steps}")
     else:
-        memory.loss_before = _evaluated(options, material, model, watcher, "before")
-        memory.sample_before = _sampled(options, material, model, watcher, "before")
+        memory.loss_before = evaluated(options, material, model, watcher, "before")
+        memory.sample_before = sampled(options, material, model, watcher, "before")
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = options.learning_rate
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -193,14 +199,16 @@ def _train(
                 selection.after_step(streamed_model_of(opened))
             seconds = time.perf_counter() - started
             memory.train_seconds += seconds
-            watcher.step(_event(step + 1, steps, losses[-1], lr, tokens, seconds, report(opened)))
+            watcher.step(
+                step_event(step + 1, steps, losses[-1], lr, tokens, seconds, report(opened))
+            )
             if options.eval_every and (step + 1) % options.eval_every == 0 and step + 1 < steps:
-                _evaluated(options, material, model, watcher, f"after step {step + 1}")
+                evaluated(options, material, model, watcher, f"after step {step + 1}")
     finally:
         watcher.end()
     final = report(opened, tokens_per_step=round(memory.num_tokens / steps))
-    loss_after = _evaluated(options, material, model, watcher, "after")
-    sample_after = _sampled(options, material, model, watcher, "after")
+    loss_after = evaluated(options, material, model, watcher, "after")
+    sample_after = sampled(options, material, model, watcher, "after")
     result = TuneResult(
         out=options.out,
         steps=steps,
@@ -217,7 +225,7 @@ def _train(
     return model, result
 
 
-def _event(
+def step_event(
     step: int, steps: int, loss: float, lr: float, tokens: int, seconds: float, done: Report
 ) -> StepEvent:
     moved = {lane.lane: lane.nbytes for lane in done.lanes}
@@ -235,7 +243,7 @@ def _event(
 
 
 @torch.no_grad()
-def _evaluated(
+def evaluated(
     options: TuneOptions, material: Material, model: Any, watcher: Watcher, when: str
 ) -> float | None:
     """Mean loss in nats a token over the held-out rows; None if there are none."""
@@ -256,7 +264,7 @@ def _evaluated(
 
 
 @torch.no_grad()
-def _sampled(
+def sampled(
     options: TuneOptions, material: Material, model: Any, watcher: Watcher, when: str
 ) -> str | None:
     """What the model writes after the prompt, greedily; None if no sample is asked for."""

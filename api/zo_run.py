@@ -1,0 +1,85 @@
+"""The folder of a zeroth-order run: what it was asked to do, and its replay log.
+
+``run.json`` (written whole, before the first step) holds the options, a digest of the training rows
+and what was measured before training; ``replay.zolog`` is the run itself (``headrace.zo.log``): one
+fsynced record a step.  Base model, data and this folder rebuild everything, after a crash at any
+instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .run_memory import rows_digest
+
+if TYPE_CHECKING:
+    from .data import Rows
+    from .options import TuneOptions
+
+RUN_NAME = "run.json"
+LOG_NAME = "replay.zolog"
+_KIND = "headrace zeroth-order run"
+
+
+def is_zo_run(folder: Path) -> bool:
+    """Whether the folder is that of a zeroth-order run."""
+    return (folder / RUN_NAME).is_file()
+
+
+def create_run(
+    folder: Path, options: TuneOptions, rows: Rows, measured: Mapping[str, float | str | None]
+) -> None:
+    """Make the folder of a new run; refuses one that holds files already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise InputError(
+            f"--store {folder} holds files already; give a new folder, or go on with its run: "
+            f"headrace tune --resume {folder}"
+        )
+    record = {
+        "kind": _KIND,
+        "options": options.to_json(),
+        "rows": rows_digest(rows),
+        "measured": dict(measured),
+    }
+    draft = folder / f".{RUN_NAME}.new"
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, folder / RUN_NAME)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return the record of a run; a damaged or foreign one is refused."""
+    path = folder / RUN_NAME
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    fields = {"options": dict, "rows": str, "measured": dict}
+    if not isinstance(record, dict) or record.get("kind") != _KIND:
+        raise InputError(f"{path} is not the record of a zeroth-order run")
+    for name, kind in fields.items():
+        if not isinstance(record.get(name), kind):
+            raise InputError(f"{path}: {name!r} is missing or not {kind.__name__}")
+    return record
+
+
+def check_rows(record: Mapping[str, Any], rows: Rows, folder: Path) -> None:
+    """Refuse to go on with other training rows."""
+    if record["rows"] != rows_digest(rows):
+        raise InputError(
+            f"{folder}: the run had other training rows; give the same data, split, sequence "
+            f"length and tokenizer, or start a new run"
+        )
