@@ -80,12 +80,12 @@ Opener = Callable[..., nn.Module]
 
 @pytest.fixture
 def opened() -> Iterator[Opener]:
-    """Opens a model with room on both tiers, only in host memory, or hardly any."""
+    """Opens a model with room on both tiers, on one of them, or for hardly more than a chunk."""
     models = []
 
     def load(folder: Path, room: str) -> nn.Module:
         large, small = "1GB", {Tier.DEVICE: 0, Tier.HOST: 0}
-        if room != "device":
+        if room != "both":
             with_room = headrace.load(
                 folder, train="none", device="cpu", device_budget=large, host_budget=large
             )
@@ -96,8 +96,8 @@ def opened() -> Iterator[Opener]:
             train="none",
             device="cpu",
             # A chunk, scratch of its size, and a page or two.
-            device_budget=large if room == "device" else 2 * small[Tier.DEVICE] + 8192,
-            host_budget=large if room != "disk" else 2 * small[Tier.HOST],
+            device_budget=large if room in ("both", "device") else 2 * small[Tier.DEVICE] + 8192,
+            host_budget=large if room in ("both", "host") else 2 * small[Tier.HOST],
         )
         models.append(model)
         return model
@@ -122,9 +122,10 @@ LOW_RANK = ZOSettings(lr=1e-2, estimator=OneSided(4), directions=LowRank(4, step
 CASES = [
     ("untied", "disk", MEZO[1], 1),
     ("untied", "host", MEZO[2], 1),
-    ("untied", "device", MEZO[3], 1),
+    ("untied", "both", MEZO[3], 1),
+    ("untied", "device", MEZO[4], 1),
     ("tied", "disk", MEZO[4], 1),
-    ("tied", "device", MEZO[1], 2),
+    ("tied", "both", MEZO[1], 2),
     ("gpt2", "disk", MEZO[2], 3),
     ("gpt2", "host", ZOSettings(lr=1e-3), 1),
     ("untied", "disk", LOW_RANK, 1),
