@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapting import correct_adapters
     from .budgets import default_budgets, parse_bytes
+    from .calibrating import read_calibration
     from .callback import HeadraceCallback
     from .errors import DataError, InputError
     from .exporting import export
+    from .foreign_quantizing import quantize_for_transformers
     from .loading import load
     from .loram import prune, recover
     from .merging import merge_and_unload
@@ -48,6 +50,8 @@ _HOMES = MappingProxyType(
         "parse_bytes": "budgets",
         "prune": "loram",
         "quantize": "quantizing",
+        "quantize_for_transformers": "foreign_quantizing",
+        "read_calibration": "calibrating",
         "recover": "loram",
         "report": "reporting",
         "runtime_of": "streamed_model",
@@ -74,6 +78,8 @@ __all__ = [
     "parse_bytes",
     "prune",
     "quantize",
+    "quantize_for_transformers",
+    "read_calibration",
     "recover",
     "report",
     "resume",

@@ -328,6 +328,8 @@ def _add_quantize(commands: Any) -> None:
         "quantize",
         "write a model's weights in few bits, one layer in memory at a time; resumable",
         "  headrace quantize Qwen/Qwen3-8B qwen3-nf4 --format nf4\n"
+        "  headrace quantize Qwen/Qwen3-8B qwen3-gptq --format gptq --calibration text.jsonl \\\n"
+        "      --eora-rank 16\n"
         "  headrace tune --model qwen3-nf4 --data chats.jsonl --method lora --out tuned",
     )
     command.add_argument("model", help="folder or hub id")
@@ -335,17 +337,75 @@ def _add_quantize(commands: Any) -> None:
     command.add_argument(
         "--format",
         default="nf4",
-        choices=("nf4", "fp4", "int8", "int4", "fp8", "mxfp4", "mxfp8", "nvfp4"),
+        choices=("nf4", "fp4", "int8", "int4", "fp8", "mxfp4", "mxfp8", "nvfp4", "hqq", "gptq"),
         help="of the linear layers' weights (default: nf4)",
     )
+    command.add_argument(
+        "--layout",
+        default="headrace",
+        choices=("headrace", "transformers"),
+        help="of the folder: this library's, or one that transformers opens by itself",
+    )
+    command.add_argument(
+        "--keep", nargs="*", default=[], metavar="MODULE", help="modules to leave as they are"
+    )
+    command.add_argument(
+        "--calibration",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="JSONL text by which codes are chosen (GPTQ), layer by layer; --format gptq needs it",
+    )
+    command.add_argument(
+        "--calibration-rows", type=int, default=128, metavar="N", help="rows of it (default: 128)"
+    )
+    command.add_argument(
+        "--calibration-tokens", type=int, default=512, metavar="N", help="a row (default: 512)"
+    )
+    command.add_argument(
+        "--eora-rank",
+        type=int,
+        default=0,
+        metavar="R",
+        help="also write OUT/eora: a LoRA adapter that makes up for what the encoding lost",
+    )
+    command.add_argument("--device", default="cpu", help="that calibrates (default: cpu)")
     command.set_defaults(run=_quantize)
 
 
 def _quantize(chosen: argparse.Namespace) -> _Output:
+    from headrace.offload.source import SafetensorsIndex
+
+    from .calibrating import read_calibration
+    from .foreign_quantizing import quantize_for_transformers
+    from .loading import find_folder
     from .quantizing import quantize, quantize_report
 
-    reports, show = quantize_report(quiet=chosen.json)
-    quantize(chosen.model, chosen.out, format=chosen.format, on_tensor=show)
+    if chosen.layout == "transformers" and chosen.eora_rank:
+        raise InputError("--eora-rank goes with --layout headrace")
+    folder = find_folder(chosen.model)
+    calibration = None
+    if chosen.calibration is not None:
+        calibration = read_calibration(
+            chosen.calibration,
+            folder,
+            rows=chosen.calibration_rows,
+            tokens=chosen.calibration_tokens,
+        )
+    with SafetensorsIndex.open(folder) as index:
+        total_bytes = index.nbytes
+    with quantize_report(total_bytes, quiet=chosen.json) as (reports, show):
+        common: dict[str, Any] = {
+            "format": chosen.format,
+            "keep": chosen.keep,
+            "calibration": calibration,
+            "device": chosen.device,
+            "on_tensor": show,
+        }
+        if chosen.layout == "transformers":
+            quantize_for_transformers(folder, chosen.out, **common)
+        else:
+            quantize(folder, chosen.out, eora_rank=chosen.eora_rank, **common)
     before = sum(r.bytes_before for r in reports)
     after = sum(r.bytes_after for r in reports)
     worst = max(reports, key=lambda r: r.relative_rms)

@@ -14,6 +14,7 @@ from typing import Any, final
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from headrace.quant.calibrated import CALIBRATED_WORDS, calibrated_codec
 from headrace.quant.codec import Codec, Shape
 from headrace.quant.fold import default_choice
 from headrace.quant.foreign_layouts import foreign_codec
@@ -60,8 +61,10 @@ def plan_encoding(
     names = [name for name, spec in parameters.items() if matrices(name, spec) is not None]
     if layout == "transformers":
         return _foreign_plan(model, encoding, {name: parameters[name].shape for name in names})
-    codec = _codec(encoding)
-    return {name: PlannedWeight(codec, parameters[name].shape) for name in names}
+    return {
+        name: PlannedWeight(_codec(encoding, parameters[name].shape), parameters[name].shape)
+        for name in names
+    }
 
 
 def kept(name: str, module: str) -> bool:
@@ -73,11 +76,13 @@ def kept(name: str, module: str) -> bool:
     return f".{module}." in f".{name}."
 
 
-def _codec(encoding: str | Codec | Mapping[str, Any]) -> Codec:
+def _codec(encoding: str | Codec | Mapping[str, Any], shape: Shape) -> Codec:
     if isinstance(encoding, Codec):
         return encoding
     try:
         if isinstance(encoding, str):
+            if encoding in CALIBRATED_WORDS:
+                return calibrated_codec(encoding, shape)
             return codec_for_format(encoding)
         return codec_from_parameters(encoding)
     except ValueError as error:

@@ -8,31 +8,38 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from accelerate import init_empty_weights
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from headrace.offload.chunk import ChunkLayout
 from headrace.offload.source import SafetensorsIndex
+from headrace.quant.calibrated import encode_calibrated
 from headrace.quant.codec import Codec
 from headrace.quant.fold import PendingTensor, TensorReport, encode_folder
 from headrace.quant.folder import INDEX_NAME, EncodedFolder
 from headrace.quant.shards import write_json
 from headrace.quant.spec import TensorSpec
 
+from .calibrating import CalibrationBatch, Calibrator
 from .checkpoint import Checkpoint
 from .encoding_plan import PlannedWeight, plan_encoding
 from .encoding_record import parts_digest, settings_record, weight_groups
+from .eora_adapter import EORA_FOLDER, write_eora_adapter
 from .errors import InputError
 from .loading import chosen_dtype, find_folder
 from .native_checkpoint import take_quantization_settings
-from .structure import cut
+from .structure import Role, cut
+
+Encode = Callable[[Tensor, Codec], tuple[dict[str, Tensor], dict[str, float]]]
 
 
 @final
@@ -60,15 +67,24 @@ def quantize(
     format: str | Codec | Mapping[str, Any] = "nf4",
     keep: Sequence[str] = (),
     dtype: torch.dtype | str | None = None,
+    calibration: CalibrationBatch | None = None,
+    eora_rank: int = 0,
+    device: str | torch.device = "cpu",
     on_tensor: Callable[[TensorReport], None] = lambda report: None,
 ) -> EncodedFolder:
     """Encode the linear layers of a model (fused experts too) into the folder ``out``.
 
     ``format`` is a word (``nf4``, ``fp4``, ``int8``, ``int4``, ``fp8``, ``mxfp4``, ``mxfp8``,
-    ``nvfp4``), a codec, or a codec's parameters.  Embeddings, the head, norms, routers and the
-    modules that ``keep`` names (in full, or by the end of their name) keep their type.  One chunk
-    is in memory at a time.  An interrupted run goes on where it stopped; a finished folder is
-    refused.  ``on_tensor`` hears the error of every tensor.
+    ``nvfp4``, ``hqq``, ``gptq``), a codec, or a codec's parameters.  Embeddings, the head, norms,
+    routers and the modules that ``keep`` names (in full, or by the end of their name) keep their
+    type.  One chunk is in memory at a time.  An interrupted run goes on where it stopped; a
+    finished folder is refused.  ``on_tensor`` hears the error of every tensor.
+
+    ``calibration`` (``read_calibration`` makes it of a JSONL file) chooses codes by GPTQ: layer by
+    layer on ``device``, activations in files between layers, the checkpoint read twice, a layer
+    held twice.  ``gptq`` means INT4 in groups of 128 and needs it; ``hqq`` (INT4 with a minimum)
+    needs no data.  ``eora_rank`` above 0 adds ``OUT/eora``, a LoRA adapter that makes up for most
+    of what the encoding lost and is where fine-tuning should begin.
 
     >>> import headrace
     >>> reports = []
@@ -81,39 +97,101 @@ def quantize(
     >>> model.close()
     """
     folder, target = find_folder(model), Path(out)
+    refuse_without_data(format, calibration, eora_rank)
     if (target / INDEX_NAME).exists():
         raise InputError(f"{target} holds a finished encoding already; give a new folder")
+    skeleton, kind = skeleton_of(folder, dtype, eager_experts=calibration is not None)
+    planned = plan_encoding(skeleton, format, keep=keep)
+    checkpoint = Checkpoint(skeleton, folder, kind)
+    reader = _ChunkReader(checkpoint)
+    pending: list[PendingTensor] = []
+    chunks = cut(skeleton)
+    calibrator = None
+    if calibration is not None:
+        calibrator = Calibrator(
+            skeleton,
+            checkpoint,
+            chunks,
+            planned,
+            calibration,
+            work=target / "calibration",
+            device=torch.device(device),
+            eora_rank=eora_rank,
+        )
+    for chunk in chunks:
+        layout = ChunkLayout.pack(
+            chunk.name, [(n, p.shape, p.dtype) for n, p in chunk.parameters.items()]
+        )
+        for slot in layout.slots:
+            spec = TensorSpec(tuple(slot.shape), slot.dtype)
+            encode: Encode | None = None
+            if slot.name in planned and calibrator is not None and chunk.role is Role.LAYER:
+                encode = calibrator.encoder(chunk, slot.name)
+            elif slot.name in planned and format == "hqq":
+                encode = _without_data
+            read = _reader(reader, layout, slot.name)
+            pending.append(PendingTensor(slot.name, spec, read, encode))
+    encoded = encode_folder(
+        pending,
+        target,
+        choose=lambda name, spec: planned[name].codec if name in planned else None,
+        source=source_of(folder, format, keep=keep, dtype=kind)
+        | calibration_source(calibration, eora_rank),
+        on_tensor=on_tensor,
+    )
+    if calibrator is not None:
+        corrections = calibrator.corrections()
+        if corrections:
+            write_eora_adapter(corrections, target / EORA_FOLDER, base=str(target.absolute()))
+        shutil.rmtree(target / "calibration")
+    copy_companions(folder, target)
+    _describe(target, encoded, planned, format, keep)
+    checkpoint.index.close()
+    return encoded
+
+
+def skeleton_of(
+    folder: Path, dtype: torch.dtype | str | None, *, eager_experts: bool
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """Return the model of a checkpoint that is not encoded yet, on ``meta``, and its dtype.
+
+    ``eager_experts``: each expert's products are its own, so that they can be watched.
+    """
     config = AutoConfig.from_pretrained(folder)
     if take_quantization_settings(config):
         raise InputError(
             f"{folder} is encoded already: headrace.load and headrace tune stream it as it is"
         )
     kind = chosen_dtype(dtype, config)
+    if eager_experts:
+        config._experts_implementation = "eager"
     with init_empty_weights(include_buffers=False):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=kind)
-    skeleton.tie_weights()
-    planned = plan_encoding(skeleton, format, keep=keep)
-    checkpoint = Checkpoint(skeleton, folder, kind)
-    reader = _ChunkReader(checkpoint)
-    pending: list[PendingTensor] = []
-    for chunk in cut(skeleton):
-        layout = ChunkLayout.pack(
-            chunk.name, [(n, p.shape, p.dtype) for n, p in chunk.parameters.items()]
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=kind)
+    plain: Any = skeleton
+    plain.tie_weights()
+    return skeleton, kind
+
+
+def refuse_without_data(
+    encoding: object, calibration: CalibrationBatch | None, eora_rank: int
+) -> None:
+    """Refuse what can only be computed from calibration data if there is none."""
+    if calibration is None and (encoding == "gptq" or eora_rank):
+        raise InputError(
+            "GPTQ and EoRA are computed from calibration data: give a file (--calibration "
+            "data.jsonl), or use format 'hqq' or 'nf4', which need none"
         )
-        for slot in layout.slots:
-            spec = TensorSpec(tuple(slot.shape), slot.dtype)
-            pending.append(PendingTensor(slot.name, spec, _reader(reader, layout, slot.name)))
-    encoded = encode_folder(
-        pending,
-        target,
-        choose=lambda name, spec: planned[name].codec if name in planned else None,
-        source=source_of(folder, format, keep=keep, dtype=kind),
-        on_tensor=on_tensor,
-    )
-    copy_companions(folder, target)
-    _describe(target, encoded, planned, format, keep)
-    checkpoint.index.close()
-    return encoded
+
+
+def _without_data(x: Tensor, codec: Codec) -> tuple[dict[str, Tensor], dict[str, float]]:
+    return encode_calibrated(x, None, codec).parts, {}
+
+
+def calibration_source(calibration: CalibrationBatch | None, eora_rank: int) -> dict[str, str]:
+    """Return what identifies the calibration of an encoding; empty without one."""
+    if calibration is None:
+        return {}
+    return {"calibration": calibration.digest, "eora_rank": str(eora_rank)}
 
 
 def source_of(
@@ -163,22 +241,40 @@ def _describe(
     write_json(path, {**config, "quantization_config": settings})
 
 
-def quantize_report(*, quiet: bool) -> tuple[list[TensorReport], Callable[[TensorReport], None]]:
+@contextmanager
+def quantize_report(
+    total_bytes: int, *, quiet: bool
+) -> Iterator[tuple[list[TensorReport], Callable[[TensorReport], None]]]:
     """A list that fills with every tensor's report, and the callback that fills it.
 
-    Unless ``quiet``, the callback also shows a line for each encoded tensor on standard error.
+    Unless ``quiet``, a bar on standard error moves with the bytes of the checkpoint, and above it
+    stands a line for each encoded tensor.
     """
     reports: list[TensorReport] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=False),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True, quiet=quiet)
+    with Progress(*columns, console=console, disable=quiet) as progress:
+        bar = progress.add_task("encoding", total=total_bytes)
 
-    def show(report: TensorReport) -> None:
-        reports.append(report)
-        if report.codec != "kept":
-            console.print(
-                f"{report.name}: {report.codec}, relative error {report.relative_rms:.4f}"
-            )
+        def show(report: TensorReport) -> None:
+            reports.append(report)
+            progress.advance(bar, report.bytes_before)
+            if report.codec == "kept":
+                return
+            line = f"{report.name}: {report.codec}, relative error {report.relative_rms:.4f}"
+            if report.output_errors:
+                errors = report.output_errors
+                line += f"; of its output {errors['output_nearest']:.4f} -> {errors['output']:.4f}"
+            if "output_corrected" in report.output_errors:
+                line += f" -> {report.output_errors['output_corrected']:.4f}"
+            progress.console.print(line, highlight=False)
 
-    return reports, show
+        yield reports, show
 
 
 def _reader(reader: _ChunkReader, layout: ChunkLayout, name: str) -> Callable[[], Tensor]:

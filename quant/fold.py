@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, final
 
@@ -60,6 +60,8 @@ class PendingTensor:
     name: str
     spec: TensorSpec
     read: Callable[[], Tensor]
+    #: Parts and errors by another way than rounding to nearest (None: that way).
+    encode: Callable[[Tensor, Codec], tuple[dict[str, Tensor], dict[str, float]]] | None = None
 
 
 @final
@@ -74,6 +76,8 @@ class TensorReport:
     bytes_after: int
     relative_rms: float  # rms of the error / rms of the tensor; 0 if kept
     largest_error: float
+    #: Relative rms errors of the layer's output on calibration data, by what was done.
+    output_errors: dict[str, float] = field(default_factory=dict)
 
 
 ChooseCodec = Callable[[str, TensorSpec], Codec | None]
@@ -249,8 +253,8 @@ def _encode_one(
                 f"tensor {item.name!r} holds {count} values that are NaN or infinite and cannot "
                 f"be encoded; repair the checkpoint or keep this tensor as it is"
             )
-        parts = codec.encode(x)
-        error = encoding_error(x, codec, parts)
+        parts, errors = (codec.encode(x), {}) if item.encode is None else item.encode(x, codec)
+        error = encoding_error(x, codec, parts) | errors
         checksums = {
             f"{item.name}_{part}": writer.write(f"{item.name}_{part}", value)
             for part, value in parts.items()
@@ -308,4 +312,5 @@ def _report(item: PendingTensor, record: TensorRecord) -> TensorReport:
         bytes_after=sum(spec.nbytes for spec in record.stored_specs().values()),
         relative_rms=error["relative_rms"],
         largest_error=error["largest"],
+        output_errors={key: value for key, value in error.items() if key.startswith("output")},
     )

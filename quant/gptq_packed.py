@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .codec import Codec, Shape, check_input
+from .int4_group import Int4GroupCodec
 from .rounding import CounterGenerator, round_half_even, round_stochastic
 from .scales import block_amax, divide, poison, to_codes
 from .spec import TensorSpec
@@ -117,6 +118,33 @@ class GptqPackedCodec(Codec):
                 f"{_PER_WORD} and in a multiple of {self.block_size}, got shape {tuple(shape)}"
             )
         return shape[0], shape[1]
+
+
+def packed_from_groups(
+    codec: Int4GroupCodec, parts: Mapping[str, Tensor], shape: Shape
+) -> tuple[GptqPackedCodec, dict[str, Tensor]]:
+    """Repack signed INT4 groups with fp16 scales (as GPTQ chose them) in this layout.
+
+    Both decode to the same numbers.
+    """
+    if codec.mode != "signed" or codec.scale_dtype != "float16":
+        raise ValueError(
+            f"only signed groups with float16 scales can be repacked, got {codec.parameters()}"
+        )
+    packed = GptqPackedCodec(block_size=codec.block_size)
+    packed.spec(shape)
+    codec.check_parts(parts, shape)
+    rows, cols = shape
+    pairs = parts["codes"].to(torch.int32)
+    codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).reshape(rows, cols)
+    zeros = torch.full((rows, cols // codec.block_size), 7, dtype=torch.int32, device=codes.device)
+    group_of = torch.arange(cols, device=codes.device) // codec.block_size
+    return packed, {
+        "qweight": _pack(codes.t().contiguous()),
+        "qzeros": _pack(zeros).t().contiguous(),
+        "scales": parts["scale"].t().contiguous(),
+        "g_idx": group_of.to(torch.int32),
+    }
 
 
 def _pack(codes: Tensor) -> Tensor:
