@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .quantizing import quantize
     from .reporting import Report, report, statistics
     from .resuming import resume
+    from .state_folder import export_states, import_states
     from .streamed_model import runtime_of
     from .tracing import Trace, trace
     from .tuning import TuneOptions, TuneResult, tune
@@ -44,6 +45,8 @@ _HOMES = MappingProxyType(
         "correct_adapters": "adapting",
         "default_budgets": "budgets",
         "export": "exporting",
+        "export_states": "state_folder",
+        "import_states": "state_folder",
         "load": "loading",
         "merge_and_unload": "merging",
         "resume": "resuming",
@@ -73,6 +76,8 @@ __all__ = [
     "correct_adapters",
     "default_budgets",
     "export",
+    "export_states",
+    "import_states",
     "load",
     "merge_and_unload",
     "parse_bytes",

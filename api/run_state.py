@@ -62,11 +62,19 @@ def capture_resident(
     if not parameters:
         return {}
     values = {n: p.detach().cpu().contiguous().clone() for n, p in parameters.items()}
-    states: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            states[f"{name}/{key}"] = torch.as_tensor(value).cpu().contiguous().clone()
+    states = resident_states(optimizer, parameters)
     return {"parameters": save_tensors(values), "states": save_tensors(states)}
+
+
+def resident_states(
+    optimizer: RuleOptimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimizer states of resident parameters, copied, as ``PARAMETER/STATE``."""
+    return {
+        f"{name}/{key}": torch.as_tensor(value).cpu().contiguous().clone()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def restore_resident(
@@ -93,11 +101,26 @@ def restore_resident(
                 f"{tuple(parameter.shape)} in the model. Use the adapter rank of the run."
             )
         parameter.data.copy_(values[name])
+    restore_resident_states(optimizer, parameters, load_tensors(blobs["states"]), where)
+
+
+def restore_resident_states(
+    optimizer: RuleOptimizer,
+    parameters: Mapping[str, nn.Parameter],
+    states_by_key: Mapping[str, Tensor],
+    where: str,
+) -> None:
+    """Put back what ``resident_states`` took."""
     by_parameter: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_tensors(blobs["states"]).items():
+    for key, value in states_by_key.items():
         name, _, state = key.rpartition("/")
         by_parameter.setdefault(name, {})[state] = value
     for name, states in by_parameter.items():
+        if name not in parameters:
+            raise StoreFormatError(
+                f"{where}: it has states of {name!r}, which this optimizer does not train. Build "
+                f"the model with the same adapters as the run that wrote it."
+            )
         parameter = parameters[name]
         optimizer.state[parameter] = {
             # step counters stay on the CPU, as torch keeps them

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor, nn
 
-from headrace.offload.chunk import PAGE_BYTES, ChunkLayout, Tile, plan_tiles
+from headrace.offload.chunk import PAGE_BYTES, ChunkLayout, Slot, Tile, plan_tiles
 from headrace.offload.errors import BudgetError, HeadraceError
 from headrace.offload.extents import Region
 from headrace.offload.gradient import Gradients, HostGradient
@@ -73,7 +73,7 @@ class Training:
         options: TrainingOptions | None,
         ranks: Ranks | None = None,
     ) -> None:
-        self._ranks = ranks
+        self.ranks = ranks
         self._runtime = runtime
         self._lanes = lanes
         self._scratch = scratch
@@ -87,6 +87,8 @@ class Training:
         # What ``user_state`` gave at the step that was resumed; None in a new run.
         self.resumed_user: dict[str, Any] | None = None
         self._resident_steps = 0
+        self._rules: dict[str, UpdateRule] = {}
+        self._layouts_bound: dict[str, ChunkLayout] = {}
         self.saved = SavedStates(runtime)
 
     # Binding
@@ -107,8 +109,8 @@ class Training:
                 "Load the model again to use another one."
             )
         self._optimizer = optimizer
-        if self._ranks is not None:
-            self._join(self._ranks, list(self._resident().values()))
+        if self.ranks is not None:
+            self._join(self.ranks, list(self.resident().values()))
         if not trainable:
             if self._options is not None:
                 self._open_adapters(optimizer)
@@ -137,13 +139,13 @@ class Training:
     def _opened(self, options: TrainingOptions) -> Store:
         """The run's store at its last step; with several ranks, at the last that all have."""
         paths, step = list(options.paths), None
-        if self._ranks is not None:
-            step = self._ranks.least(committed_steps(paths)[0])
+        if self.ranks is not None:
+            step = self.ranks.least(committed_steps(paths)[0])
         return Store.open(
             paths,
             lanes=self._lanes,
             expect_fingerprint=options.fingerprint,
-            keep_previous=self._ranks is not None,
+            keep_previous=self.ranks is not None,
             step=step,
         )
 
@@ -162,7 +164,7 @@ class Training:
                 meta=options.meta,
                 lanes=self._lanes,
                 snapshot_every=options.snapshot_every,
-                keep_previous=self._ranks is not None,
+                keep_previous=self.ranks is not None,
             )
         self._runtime.store = store
         self._runtime.closing.callback(self._close)
@@ -176,13 +178,13 @@ class Training:
             self._resident_steps += 1
             if options.durability != "none":
                 user, blobs = self._record()
-                if self._ranks is not None:
-                    self._ranks.wait_for_all()  # nobody's last commit may still be under way
+                if self.ranks is not None:
+                    self.ranks.wait_for_all()  # nobody's last commit may still be under way
                 store.commit(user, blobs=blobs)
 
         optimizer.register_step_post_hook(committed)
 
-    def _resident(self) -> dict[str, nn.Parameter]:
+    def resident(self) -> dict[str, nn.Parameter]:
         """The trainable parameters that are not streamed, by the optimizer's name."""
         assert self._optimizer is not None
         return {
@@ -207,9 +209,33 @@ class Training:
         self._resident_steps = counters["steps"]
         self._optimizer.skipped_steps = counters["skipped_steps"]
         where = str(next(iter(self._options.paths))) if self._options is not None else "store"
-        restore_resident(self._optimizer, self._resident(), blobs, where)
+        restore_resident(self._optimizer, self.resident(), blobs, where)
         restore_generators(user["generators"], blobs)
         self.resumed_user = user["user"]
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether there is an optimizer."""
+        return self._optimizer is not None
+
+    @property
+    def optimizer(self) -> RuleOptimizer:
+        """The optimizer; ``bind`` gave it."""
+        assert self._optimizer is not None, "bind an optimizer first"
+        return self._optimizer
+
+    @property
+    def updates(self) -> Updates | None:
+        """The updates of streamed parameters, if any are trained."""
+        return self._runtime.updates
+
+    def trained_slots(self) -> dict[str, tuple[Slot, ...]]:
+        """The streamed parameters that are trained, by chunk."""
+        return {name: layout.slots for name, layout in self._layouts_bound.items()}
+
+    def rule_of(self, name: str) -> UpdateRule:
+        """The update rule of a streamed parameter."""
+        return self._rules[name]
 
     @property
     def steps(self) -> int:
@@ -234,15 +260,16 @@ class Training:
         tiles: dict[str, tuple[Tile, ...]] = {
             n: plan_tiles(layout, rules, tile_bytes=TILE_BYTES) for n, layout in layouts.items()
         }
+        self._rules, self._layouts_bound = rules, layouts
         on_device = frozenset(layouts) - self._gathered
         shared = None
-        if self._ranks is not None:
+        if self.ranks is not None:
             tiles = {
-                name: plan_tiles(layout, rules, tile_bytes=_even_tile(tiles[name], self._ranks))
+                name: plan_tiles(layout, rules, tile_bytes=_even_tile(tiles[name], self.ranks))
                 for name, layout in layouts.items()
             }
             whole = {n: engine.chunks[n].layout for n in layouts}
-            shared = SharedStates(self._ranks, tiles, whole)
+            shared = SharedStates(self.ranks, tiles, whole)
             tiles = shared.tiles
         self._check_room(layouts, tiles, on_device)  # before anything is made
         store = self._open_store(layouts, tiles)
@@ -271,7 +298,7 @@ class Training:
             hold_all=hold_all,
             scratch=None if updates.early or hold_all else self._scratch,
             complete=updates.add,
-            across_ranks=None if self._ranks is None else self._ranks.average,
+            across_ranks=None if self.ranks is None else self.ranks.average,
         )
         updates.arrived = self._arrived
         updates.gradients.dropped = self._dropped
@@ -302,7 +329,7 @@ class Training:
             meta=options.meta,
             lanes=self._lanes,
             snapshot_every=options.snapshot_every,
-            keep_previous=self._ranks is not None,
+            keep_previous=self.ranks is not None,
         )
         for name in layouts:
             import_chunk(runtime.engine, chunks[name], store)
@@ -470,7 +497,7 @@ class Training:
             "generators": numbers,
             "param_groups": hyper_parameters(optimizer),
         }
-        resident = capture_resident(optimizer, self._resident())
+        resident = capture_resident(optimizer, self.resident())
         return record, {**blobs, **generators, **resident}
 
     def _commit_with(

@@ -247,7 +247,7 @@ class Updates:
         return self._states
 
     def begin_anew(self, chunk: str, tile: Tile) -> None:
-        """Make the states of a tile what they are before the first update."""
+        """Make the states of a tile what they are before the first update; no pass may run."""
         with self._engine.use_host(chunk, Phase.FORWARD) as weights:
 
             def fill(buffer: Tensor) -> None:

@@ -83,7 +83,7 @@ def test_two_ranks_give_the_losses_of_one_with_the_doubled_batch(
     assert torch.allclose(
         torch.tensor(two[0]["losses"]), torch.tensor(one["losses"]), rtol=1e-6, atol=0
     )
-    assert two[0]["losses"][-1] < two[0]["losses"][0]
+    assert two[0]["losses"][4] < two[0]["losses"][0]  # the same batch
     if mode != "lora":
         for rank in two:
             assert abs(rank["state_bytes"] / one["state_bytes"] - 0.5) < 0.05

@@ -1,0 +1,335 @@
+"""``export_states`` and ``import_states``: optimizer states as a plain folder, by parameter.
+
+The folder holds one safetensors file per chunk, whose tensors are named ``PARAMETER/STATE``, and
+``states.json`` with the step counters and param groups.  It knows parameters and states and
+nothing of tiles, tiers, budgets or ranks, so a run may go on from it in any other placement or
+number of ranks, and other programs can read it.  A state with as many elements as its parameter
+has the parameter's shape; encoded states are the codec's codes and scales, flat.
+
+States are written and read one tile (16 MiB) at a time.  The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from headrace.offload.chunk import Piece, Slot, Tile
+from headrace.offload.errors import SourceError
+from headrace.offload.protocols import UpdateRule
+from headrace.offload.safetensors_header import TensorEntry, read_header
+from headrace.offload.strict_json import parse_json
+
+from .errors import InputError
+from .exporting import streamed_model_of
+from .pretrained import begin_reading
+from .run_state import hyper_parameters, resident_states, restore_resident_states
+from .saving import check_new_folder
+from .streamed_model import runtime_of
+from .training import Training
+
+NAME: Final = "states.json"
+RESIDENT_NAME: Final = "resident.safetensors"
+VERSION: Final = 1
+#: What follows from the weights: made anew where a folder lacks it.
+_FROM_WEIGHTS: Final = frozenset({"master", "remainder"})
+_NAMES: Final[Mapping[torch.dtype, str]] = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where one state of one parameter lies in a folder; ``elements`` of it precede ``start``."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def _range(rule: UpdateRule, piece: Piece, state: str, dtype: torch.dtype) -> tuple[int, int]:
+    """The piece's part of a parameter's flat state, in elements."""
+    if not rule.elementwise:
+        return 0, prod(rule.state_spec(tuple(piece.slot.shape), dtype)[state].shape)
+    before = prod(rule.state_spec((piece.start,), dtype)[state].shape) if piece.start else 0
+    until = prod(rule.state_spec((piece.stop,), dtype)[state].shape)
+    return before, until
+
+
+def _whole(rule: UpdateRule, slot: Slot) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every state of a whole parameter, as the folder has them."""
+    shape = (slot.numel,) if rule.elementwise else tuple(slot.shape)
+    states = {}
+    for name, spec in rule.state_spec(shape, slot.dtype).items():
+        like_weight = prod(spec.shape) == slot.numel
+        states[name] = (tuple(slot.shape) if like_weight else tuple(spec.shape), spec.dtype)
+    return states
+
+
+def export_states(model: nn.Module, folder: str | Path) -> None:
+    """Write the optimizer states of a streamed run to a new folder, one tile at a time.
+
+    ``model`` has its optimizer.  Weights are ``headrace.export``'s business.  Every rank of a run
+    calls this; together they write one folder.  Raises ``InputError`` where there is no optimizer
+    or the folder holds something.
+
+    Example: ``headrace.export_states(model, "states")``.
+    """
+    training = _training_of(model)
+    target = Path(folder).absolute()
+    first = training.ranks is None or training.ranks.rank == 0
+    if first:
+        check_new_folder(target)
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        if first:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        places: dict[str, _Place] = {}
+        for number, (chunk, slots) in enumerate(training.trained_slots().items()):
+            path = partial / f"chunk-{number:05d}.safetensors"
+            header, of_chunk = _plan(path, {s: training.rule_of(s.name) for s in slots})
+            places.update(of_chunk)
+            if first:
+                _make_file(path, header, of_chunk, chunk)
+        _meet(training)
+        if training.updates is not None:
+            begin_reading(runtime_of(model))
+            for chunk, tile in training.updates.states.tiles():
+                if not training.updates.states.exists(tile):
+                    training.updates.begin_anew(chunk, tile)
+                _write_tile(training, tile, places)
+        _meet(training)
+        if first:
+            _write_small(training, partial)
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+            os.rename(partial, target)
+            _sync(target.parent)
+    finally:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+    _meet(training)
+
+
+def import_states(model: nn.Module, folder: str | Path) -> None:
+    """Replace the optimizer states and step counters of a run by those of an exported folder.
+
+    ``model`` has its optimizer (the recipe of the run that wrote the folder) and holds the
+    weights that belong to the states.  A master that the folder lacks is made from the weights.
+    Budgets, tiles and the number of ranks may differ.  Raises ``SourceError`` naming the file and
+    tensor that is missing, damaged or of another shape, before anything is changed.
+
+    Example: ``headrace.import_states(model, "states")``.
+    """
+    training = _training_of(model)
+    source = Path(folder)
+    counters = _read_counters(source / NAME)
+    found: dict[str, TensorEntry] = {}
+    for path in sorted(source.glob("chunk-*.safetensors")):
+        found.update(read_header(path).entries)
+    _check(training, source, found)
+    updates = training.updates
+    if updates is not None:
+        begin_reading(runtime_of(model))
+        for chunk, tile in updates.states.tiles():
+            updates.begin_anew(chunk, tile)
+            made = bytearray(updates.states.read(tile))
+            buffer = torch.frombuffer(made, dtype=torch.uint8)
+            for piece in tile.pieces:
+                _read_piece(training.rule_of(piece.slot.name), piece, buffer, found)
+            updates.states.replace(tile, lambda target, made=buffer: target.copy_(made))
+        updates.resume_at(
+            steps=counters["steps"],
+            skipped_steps=counters["skipped_steps"],
+            slot_steps=counters["slot_steps"],
+        )
+    resident = source / RESIDENT_NAME
+    if resident.exists():
+        restore_resident_states(
+            training.optimizer, training.resident(), load_file(resident), str(resident)
+        )
+
+
+def _training_of(model: nn.Module) -> Training:
+    training = streamed_model_of(model)._training_side
+    if not training.is_bound:
+        raise InputError(
+            "the model has no optimizer yet, so there are no states; make it first, for example "
+            "optimizer = headrace.optim.adamw(model, lr=1e-5)"
+        )
+    return training
+
+
+def _meet(training: Training) -> None:
+    if training.ranks is not None:
+        training.ranks.wait_for_all()
+
+
+def _plan(path: Path, rules: Mapping[Slot, UpdateRule]) -> tuple[bytes, dict[str, _Place]]:
+    """The header of a chunk's file, and where in the file each state will lie."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ends: list[tuple[str, tuple[int, ...], torch.dtype, int]] = []
+    end = 0
+    for slot, rule in rules.items():
+        for state, (shape, dtype) in _whole(rule, slot).items():
+            key, nbytes = f"{slot.name}/{state}", prod(shape) * dtype.itemsize
+            header[key] = {
+                "dtype": _NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [end, end + nbytes],
+            }
+            ends.append((key, shape, dtype, end))
+            end += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    places = {k: _Place(path, shape, dtype, start + at) for k, shape, dtype, at in ends}
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def _make_file(path: Path, header: bytes, places: Mapping[str, _Place], chunk: str) -> None:
+    nbytes = len(header) + sum(place.nbytes for place in places.values())
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            raise InputError(
+                f"{path}: {nbytes:,} bytes for the states of {chunk!r} cannot be reserved "
+                f"({error.strerror}); free space on that disk or give a folder on another one"
+            ) from error
+        file.write(header)
+
+
+def _write_tile(training: Training, tile: Tile, places: Mapping[str, _Place]) -> None:
+    assert training.updates is not None
+    whole = torch.frombuffer(training.updates.states.read(tile), dtype=torch.uint8)
+    for piece in tile.pieces:
+        rule = training.rule_of(piece.slot.name)
+        for state, values in piece.state_views(whole).items():
+            place = places[f"{piece.slot.name}/{state}"]
+            start, _ = _range(rule, piece, state, piece.slot.dtype)
+            data = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+            descriptor = os.open(place.path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                done = 0
+                while done < len(data):
+                    at = place.offset + start * place.dtype.itemsize + done
+                    done += os.pwrite(descriptor, data[done:], at)
+            finally:
+                os.close(descriptor)
+
+
+def _read_piece(
+    rule: UpdateRule, piece: Piece, buffer: Tensor, found: Mapping[str, TensorEntry]
+) -> None:
+    for state, values in piece.state_views(buffer).items():
+        entry = found.get(f"{piece.slot.name}/{state}")
+        if entry is None or not values.numel():  # made from the weights
+            continue
+        start, _ = _range(rule, piece, state, piece.slot.dtype)
+        target = values.view(-1).view(torch.uint8)
+        with entry.path.open("rb") as file:
+            file.seek(entry.offset + start * values.dtype.itemsize)
+            if file.readinto(target.numpy()) != target.numel():
+                raise SourceError(f"{entry.path}: it ends inside {entry.name!r}")
+
+
+def _check(training: Training, source: Path, found: Mapping[str, TensorEntry]) -> None:
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for slots in training.trained_slots().values():
+        for slot in slots:
+            for state, spec in _whole(training.rule_of(slot.name), slot).items():
+                wanted[f"{slot.name}/{state}"] = spec
+    for key, (shape, dtype) in wanted.items():
+        entry = found.get(key)
+        if entry is None:
+            if key.rpartition("/")[2] in _FROM_WEIGHTS:
+                continue
+            raise SourceError(
+                f"{source}: it lacks the state {key!r}, which this optimizer needs. Use the "
+                f"recipe and the trainable parameters of the run that wrote it."
+            )
+        if (entry.shape, entry.dtype) != (shape, _NAMES[dtype]):
+            raise SourceError(
+                f"{entry.path}: {key!r} is {entry.dtype} of shape {entry.shape}, this optimizer "
+                f"needs {_NAMES[dtype]} of {shape}. Use the recipe of the run that wrote it."
+            )
+    unknown = sorted(found.keys() - wanted.keys())
+    if unknown:
+        raise SourceError(
+            f"{source}: {len(unknown)} states are not this optimizer's, the first {unknown[0]!r}. "
+            f"Use the recipe and the trainable parameters of the run that wrote it."
+        )
+
+
+def _write_small(training: Training, folder: Path) -> None:
+    updates = training.updates
+    body = {
+        "headrace": "states",
+        "version": VERSION,
+        "steps": training.steps,
+        "skipped_steps": training.optimizer.skipped_steps,
+        "slot_steps": dict(updates.slot_steps) if updates is not None else {},
+        "param_groups": hyper_parameters(training.optimizer),
+    }
+    (folder / NAME).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    states = resident_states(training.optimizer, training.resident())
+    if states:
+        save_file(states, folder / RESIDENT_NAME)
+
+
+def _read_counters(path: Path) -> dict[str, Any]:
+    try:
+        body = parse_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise SourceError(
+            f"{path}: it is missing; give a folder that headrace.export_states wrote"
+        ) from error
+    except ValueError as error:
+        raise SourceError(f"{path}: it is damaged: {error}") from error
+    numbers = ("steps", "skipped_steps")
+    if (
+        not isinstance(body, dict)
+        or body.get("headrace") != "states"
+        or body.get("version") != VERSION
+        or any(type(body.get(name)) is not int for name in numbers)
+        or not isinstance(body.get("slot_steps"), dict)
+        or any(type(step) is not int for step in body["slot_steps"].values())
+    ):
+        raise SourceError(f"{path}: it is not a list of states of version {VERSION}")
+    return body
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
