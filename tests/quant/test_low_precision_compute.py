@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 from headrace.quant.fp8_linear import Fp8Linear
+from headrace.quant.int8_fallback import BlockInt8, FallbackLinear, block_product
+from headrace.quant.micro_linear import MicroscaledLinear, rounded_rows
 from headrace.quant.minifloat import E4M3, E5M2
+from headrace.quant.mxfp4 import Mxfp4Codec
+from headrace.quant.mxfp8 import Mxfp8Codec
+from headrace.quant.nvfp4 import Nvfp4Codec
 from headrace.quant.saved import CompactLinear, EncodedSaved, compact_linear, sign_projection
 from headrace.quant.scaled_matmul import (
     DeviceScaledMatmul,
@@ -30,7 +35,7 @@ def gradients(layer, x):
 
 def twin_of(layer):
     twin = nn.Linear(layer.in_features, layer.out_features)
-    twin.load_state_dict(layer.state_dict())
+    twin.load_state_dict(dict(layer.named_parameters()))
     return twin
 
 
@@ -42,9 +47,13 @@ def twin_of(layer):
             (0.05, 0.08, 0.08),
         ),
         (lambda: SwitchBackLinear(64, 48), (0.02, 0.02, 1e-6)),
+        (lambda: FallbackLinear(64, 48, block=16), (0.02, 0.02, 1e-6)),
+        (lambda: MicroscaledLinear(64, 48, codec=Mxfp8Codec()), (0.05, 0.05, 0.05)),
+        (lambda: MicroscaledLinear(64, 48, codec=Nvfp4Codec()), (0.2, 0.2, 0.2)),
+        (lambda: MicroscaledLinear(64, 48, codec=Mxfp4Codec(), seed=3), (0.25, 0.3, 0.3)),
         (lambda: CompactLinear(64, 48, rank=64, seed=1), (1e-6, 1e-6, 1.5)),
     ],
-    ids=["fp8", "switchback", "compact"],
+    ids=["fp8", "switchback", "fallback", "mxfp8", "nvfp4", "mxfp4", "compact"],
 )
 def test_low_precision_layers_stay_near_the_exact_one(make, limits):
     torch.manual_seed(0)
@@ -83,6 +92,10 @@ def test_emulation_says_so():
     assert scaled_matmul_for(torch.device("cpu")).emulated
     assert not DeviceScaledMatmul().emulated
     assert "emulated" in repr(Fp8Linear(8, 8, matmul=EmulatedScaledMatmul()))
+    for codec in (Mxfp8Codec(), Mxfp4Codec(), Nvfp4Codec()):
+        layer = MicroscaledLinear(32, 8, codec=codec)
+        assert layer.emulated
+        assert f"{codec.name}=emulated" in repr(layer)
 
 
 def test_int8_product_is_exact_for_any_shape():
@@ -93,7 +106,68 @@ def test_int8_product_is_exact_for_any_shape():
         assert torch.equal(int8_product(a, b).long(), a.long() @ b.long().t())
 
 
+@pytest.mark.parametrize("shape", [(40, 70, 30), (3, 16, 5), (17, 33, 1)])
+def test_block_product_is_that_of_the_decoded_blocks(shape):
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(m, k, generator=generator)
+    a[0, :: max(k // 3, 1)] = 80.0
+    left = BlockInt8(a, 16, threshold=10.0)
+    right = BlockInt8(torch.randn(n, k, generator=generator), 16)
+    assert (left.fallback.any() and not left.fallback.all()) or m <= 16
+    expected = left.decode().double() @ right.decode().double().t()
+    assert relative(block_product(left, right), expected) < 1e-6
+
+
+def test_blocks_with_outliers_fall_back_to_nearly_sixteen_bits():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 64, generator=generator)
+    x[5, 7] = 300.0
+    plain, fallback = BlockInt8(x, 32), BlockInt8(x, 32, threshold=20.0)
+    assert fallback.fallback.tolist() == [[True, False], [False, False]]
+    block = (slice(0, 32), slice(0, 32))
+    assert (plain.decode() - x)[block].abs().max() > 0.5
+    assert (fallback.decode() - x)[block].abs().max() <= 300 / 127 / 254 / 2 * 1.01
+    assert torch.equal(plain.decode()[32:], fallback.decode()[32:])
+
+
+def test_the_threshold_keeps_the_share_of_fallback_in_its_band():
+    torch.manual_seed(0)
+    layer = FallbackLinear(256, 8, block=16, low=0.1, high=0.3)
+    x = torch.randn(256, 256) * torch.exp(torch.randn(16).repeat_interleave(16) * 2)
+    for _ in range(60):
+        layer(x)
+    share = BlockInt8(x, 16, float(layer.threshold)).fallback.float().mean()
+    assert 0.1 <= share <= 0.3
+    frozen = float(layer.threshold)
+    layer.eval()(x * 100)
+    assert float(layer.threshold) == frozen
+    assert "threshold" in layer.state_dict()
+    with pytest.raises(ValueError, match="low <= high"):
+        FallbackLinear(4, 4, low=0.5, high=0.1)
+
+
+def test_microscaled_products_are_those_of_the_rounded_operands():
+    torch.manual_seed(0)
+    layer = MicroscaledLinear(64, 48, codec=Mxfp4Codec(), gradient_codec=Mxfp8Codec(), bias=False)
+    x = torch.randn(40, 64, requires_grad=True)
+    grad = torch.randn(40, 48)
+    out = layer(x)
+    out.backward(grad)
+    four, eight = Mxfp4Codec(), Mxfp8Codec()
+    w = layer.weight.detach()
+    assert torch.equal(out, rounded_rows(x, four) @ rounded_rows(w, four).t())
+    # Each product encodes along what it sums over.
+    assert torch.equal(x.grad, rounded_rows(grad, eight) @ rounded_rows(w.t(), four).t())
+    expected = rounded_rows(grad.t(), eight) @ rounded_rows(x.detach().t(), four).t()
+    assert torch.equal(layer.weight.grad, expected)
+
+
 def test_not_a_number_reaches_the_output():
+    poisoned = torch.randn(40, 32)
+    poisoned[2, 3] = torch.nan
+    assert FallbackLinear(32, 8, block=16)(poisoned)[2].isnan().all()
+    assert MicroscaledLinear(32, 8, codec=Mxfp8Codec())(poisoned)[2].isnan().all()
     x = torch.randn(4, 16)
     x[2, 3] = torch.nan
     out = SwitchBackLinear(16, 8)(x)
@@ -107,6 +181,8 @@ def test_low_precision_layers_train():
     for make in (
         lambda: Fp8Linear(16, 8, matmul=EmulatedScaledMatmul()),
         lambda: SwitchBackLinear(16, 8),
+        lambda: FallbackLinear(16, 8, block=8),
+        lambda: MicroscaledLinear(16, 8, codec=Mxfp8Codec()),
         lambda: CompactLinear(16, 8, rank=8, seed=3),
     ):
         torch.manual_seed(1)
