@@ -59,7 +59,7 @@ def test_differences_of_losses_are_truer() -> None:
     model = make("llama")
     truth = grads(copy.deepcopy(model).double(), residual=False)
     error = {r: float((grads(model, r) - truth).norm() / truth.norm()) for r in (False, True)}
-    assert error[True] < 0.5 * error[False], error
+    assert error[True] < 0.7 * error[False], error
 
 
 def test_models_in_fp32_are_not_touched() -> None:

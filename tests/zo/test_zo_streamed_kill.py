@@ -106,4 +106,4 @@ def test_killed_three_times(worker: Worker, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["mezo", "lowrank"])
 def test_killed_fifty_times(method: str, worker: Worker, tmp_path: Path) -> None:
-    killed_run(worker, method, tmp_path, kills=50, steps=1000)
+    killed_run(worker, method, tmp_path, kills=50, steps=500)
