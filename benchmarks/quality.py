@@ -65,9 +65,12 @@ def recipes() -> dict[str, tuple[Recipe, float]]:
     low_rank: dict[str, tuple[Recipe, float]] = {
         "GaLore": (lambda m, lr: optim.galore_adamw(m, lr, scale=1.0, **low), 4e-3),
         "APOLLO": (lambda m, lr: optim.apollo(m, lr, **low), 1.6e-2),
-        "FRUGAL": (lambda m, lr: optim.frugal(m, lr, update_gap=50), 4e-3),
+        # Signs of gradients of 512 tokens are noisy: at the full rate they cost 3 % of the loss.
+        "FRUGAL": (
+            lambda m, lr: optim.frugal(m, lr, update_gap=50, inactive_lr_scale=0.1), 4e-3,
+        ),
         "Fira": (lambda m, lr: optim.fira(m, lr, alpha=1.0, **low), 4e-3),
-    }
+    }  # fmt: skip
     others: dict[str, tuple[Recipe, float]] = {
         "AdamW, stochastic rounding": (lambda m, lr: optim.adamw(m, lr, master="sr"), LR),
         "AdamW bf16": (lambda m, lr: optim.adamw(m, lr, states="bf16"), LR),
@@ -88,6 +91,9 @@ def recipes() -> dict[str, tuple[Recipe, float]]:
             lambda m, lr: optim.galore_adamw(
                 m, lr, scale=1.0, method="svd", carry="keep", **low
             ), 4e-3,
+        ),
+        "FRUGAL, signs at the full rate": (
+            lambda m, lr: optim.frugal(m, lr, update_gap=50), 4e-3,
         ),
         "GaLore int8": (lambda m, lr: optim.galore_adamw_8bit(m, lr, scale=1.0, **low), 4e-3),
         "Q-GaLore": (lambda m, lr: optim.q_galore(m, lr, scale=1.0, **low), 4e-3),
