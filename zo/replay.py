@@ -83,6 +83,7 @@ class Replayer:
         self._records = records
         self._places = places_of(self._shapes, self._settings.seed)
         self._missing = set(self._shapes)
+        self._updates: dict[bool, list[StepUpdate]] = {}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="headrace-replay")
 
     @property
@@ -124,7 +125,10 @@ class Replayer:
             )
         self._missing.discard(name)
         trace = self._settings.directions.open(place)
-        updates = updates_of(self._settings, self._records, name)
+        decays = self._settings.decays(name)
+        if decays not in self._updates:
+            self._updates[decays] = updates_of(self._settings, self._records, name)
+        updates = self._updates[decays]
         if isinstance(trace, DenseTrace) and tensor.is_contiguous():
             flat = tensor.detach().view(-1)
             return [

@@ -65,9 +65,13 @@ class ZOSettings:
         """
         if record.skipped:
             return None
-        plain = any(word in name.lower() for word in ("bias", "norm"))
-        decay = 1.0 if plain else 1.0 - record.lr * self.weight_decay
+        decay = 1.0 - record.lr * self.weight_decay if self.decays(name) else 1.0
         return StepUpdate(record.seed, record.lr, record.grads, decay, record.step)
+
+    def decays(self, name: str) -> bool:
+        """Whether a parameter has weight decay; all that a step's update depends on its name by."""
+        plain = any(word in name.lower() for word in ("bias", "norm"))
+        return bool(self.weight_decay) and not plain
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""

@@ -45,21 +45,29 @@ def words(x, first_block, k0, k1, stream, direction):  # type: ignore[no-untyped
     """Fill x[4, LANES] with the words of consecutive blocks; first_block is a multiple of LANES."""
     x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
     low, high = _u8(first_block) & _LOW, _u8(first_block) >> _HALF
-    for lane in range(LANES):
-        # Words live in 64-bit lanes whose upper halves hold rubbish: a multiplication reads the
-        # lower halves only, so that a round is two multiplications, two shifts and two xors.
-        c0, c1, c2, c3 = low + _u8(lane), high, _u8(stream), _u8(direction)
+    # Words live in 64-bit lanes whose upper halves hold rubbish: a multiplication reads the lower
+    # halves only, so that a round is two multiplications, two shifts and two xors.  Two blocks
+    # (a, b) take turns, because a round waits for the one before it.
+    for lane in range(LANES // 2):
+        other = lane + LANES // 2
+        a0, a1, a2, a3 = low + _u8(lane), high, _u8(stream), _u8(direction)
+        b0, b1, b2, b3 = low + _u8(other), high, _u8(stream), _u8(direction)
         q0, q1 = _u8(k0), _u8(k1)
         for _ in range(10):
-            p0 = (c0 & _LOW) * _M0
-            p1 = (c2 & _LOW) * _M1
-            c0 = (p1 >> _HALF) ^ c1 ^ q0
-            c1 = p1
-            c2 = (p0 >> _HALF) ^ c3 ^ q1
-            c3 = p0
+            a_low = (a0 & _LOW) * _M0
+            b_low = (b0 & _LOW) * _M0
+            a_high = (a2 & _LOW) * _M1
+            b_high = (b2 & _LOW) * _M1
+            a0 = (a_high >> _HALF) ^ a1 ^ q0
+            b0 = (b_high >> _HALF) ^ b1 ^ q0
+            a1, b1 = a_high, b_high
+            a2 = (a_low >> _HALF) ^ a3 ^ q1
+            b2 = (b_low >> _HALF) ^ b3 ^ q1
+            a3, b3 = a_low, b_low
             q0 = q0 + _W0
             q1 = q1 + _W1
-        x0[lane], x1[lane], x2[lane], x3[lane] = _u4(c0), _u4(c1), _u4(c2), _u4(c3)
+        x0[lane], x1[lane], x2[lane], x3[lane] = _u4(a0), _u4(a1), _u4(a2), _u4(a3)
+        x0[other], x1[other], x2[other], x3[other] = _u4(b0), _u4(b1), _u4(b2), _u4(b3)
 
 
 @njit(inline="always")

@@ -36,6 +36,17 @@ def round_bfloat16(value):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
+def _round_quiet(value):  # type: ignore[no-untyped-def]
+    """``round_bfloat16`` of what arithmetic on a bfloat16 gives: its NaN survive without a test.
+
+    Such a NaN is quiet and its lower 16 bits are zero, so that rounding carries nothing upwards.
+    """
+    bits = _f4(value).view(np.uint32)
+    rounded = _u4(_u4(bits + _u4(0x7FFF)) + _u4(_u4(bits >> _u4(16)) & _u4(1)))
+    return _u4(rounded & _u4(0xFFFF0000)).view(np.float32)
+
+
+@njit(inline="always")
 def _round_bfloat16_up(value, random):  # type: ignore[no-untyped-def]
     """Add 16 random bits below the last kept one and truncate; inf and NaN stay."""
     bits = _f4(value).view(np.uint32)
@@ -124,10 +135,13 @@ def _perturb(out, weight, bfloat16, scale, kind, start, k0, k1, stream, directio
 
 @njit(**OPTIONS)
 def _take(w, total, decay, bfloat16):  # type: ignore[no-untyped-def]
-    """``w = round(w * decay - total)``."""
-    if bfloat16:
+    """``w = round(w * decay - total)``, all finite but perhaps w."""
+    if bfloat16 and decay == _f4(1.0):
         for index in range(w.shape[0]):
-            w[index] = round_bfloat16(_f4(w[index] * decay - total[index]))
+            w[index] = _round_quiet(_f4(w[index] - total[index]))
+    elif bfloat16:
+        for index in range(w.shape[0]):
+            w[index] = _round_quiet(_f4(w[index] * decay - total[index]))
     else:
         for index in range(w.shape[0]):
             w[index] = w[index] * decay - total[index]
