@@ -121,6 +121,11 @@ def _check(weight: NativeWeight, tensors: StoredTensors) -> None:
         raise tensors.refuse(weight.name, f"cannot be decoded: {error}") from error
     for part, spec in expected.items():
         if part in weight.literals:
+            held = weight.literals[part]
+            if held.numel() != spec.numel or held.dtype is not spec.dtype:
+                raise tensors.refuse(
+                    weight.name, f"has a {part} of {held.numel()} numbers; {spec.numel} are needed"
+                )
             continue
         name = weight.stored[part]
         found = tensors.spec(name, weight.name)
@@ -241,6 +246,11 @@ def _nvfp4_packed(tensors: StoredTensors, settings: Mapping[str, Any]) -> Iterat
             raise tensors.refuse(name, "is a single number")
         shape = (*spec.shape[:-1], spec.shape[-1] * 2)
         # This layout divides by the tensor's scale; ours multiplies.
+        whole = tensors.specs[f"{base}_global_scale"]
+        if whole.numel != 1 or not whole.dtype.is_floating_point:
+            raise tensors.refuse(
+                f"{base}_global_scale", f"of shape {whole.shape} and {whole.dtype} is no number"
+            )
         factor = 1.0 / tensors.read(f"{base}_global_scale").to(torch.float32).reshape(())
         yield NativeWeight(
             base,
