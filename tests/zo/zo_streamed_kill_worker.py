@@ -16,6 +16,7 @@ from typing import TextIO
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import headrace
 from headrace.offload.runtime import Runtime
@@ -24,7 +25,6 @@ from headrace.zo.lowrank import LowRank
 from headrace.zo.noise import Kind
 from headrace.zo.objective import causal_lm_losses
 from headrace.zo.one_sided import OneSided
-from headrace.zo.perturb import StepUpdate, apply_update, write_perturbed
 from headrace.zo.replay import fingerprint
 from headrace.zo.settings import ZOSettings
 from headrace.zo.step import ZOStep
@@ -74,12 +74,24 @@ def run(method: str, source: str, folder: Path, steps: int) -> None:
     model.close()
 
 
+def warm_up() -> None:
+    """Import and compile once, before the forks; nothing here leaves a thread behind."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    for settings in METHODS.values():
+        zo = ZOStep(model, settings)
+        for step in range(4):
+            zo.step(lambda m, step=step: objective(m, 1, step)[0])
+
+
 def serve(requests: TextIO) -> None:
-    # Compiled once, before there are threads to lose in a fork.
-    weight = torch.zeros(8, dtype=torch.bfloat16)
-    kind = Kind.IRWIN_HALL
-    write_perturbed(weight.clone(), weight, scale=1.0, kind=kind, seed=0, stream=0, direction=0)
-    apply_update(weight, [StepUpdate(0, 0.0, (0.0,))], kind=kind, stream=0)
+    warm_up()
     for line in requests:
         method, source, folder, steps = line.split()
         child = os.fork()
