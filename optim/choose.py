@@ -11,7 +11,7 @@ from .adam import Adam
 from .adamw import AdamW
 from .base import Brick
 from .brick_rule import BrickRule
-from .encoded_adamw import CompandedRule
+from .encoded_adamw import EncodedRule, is_fused
 from .lion import Lion
 from .masters import check_master
 from .parameters import ModelOrParams, ParameterInfo, parameter_groups
@@ -65,8 +65,8 @@ def fast_rule(brick: Brick, states: str, master: str) -> UpdateRule:
     """Return the fused rule of a brick and an encoding where there is one, else the bricks."""
     if isinstance(brick, Adam) and states == "fp32":
         return AdamW(master=master)
-    if isinstance(brick, Adam | Lion) and states == "int8":
-        return CompandedRule(brick, master=master)
+    if isinstance(brick, Adam | Lion) and is_fused(brick, states):
+        return EncodedRule(brick, states, master=master)
     return BrickRule(brick, encoding_of(states), master=master)
 
 

@@ -1,25 +1,28 @@
-"""AdamW and Lion with companded 8-bit states as fused update rules.
+"""AdamW and Lion with encoded states as fused update rules.
 
-Each is the fast path of a ``BrickRule`` and equals it bit for bit; tensors that are not on the
-CPU go through the bricks.
+Each is the fast path of a ``BrickRule``, with its states, and equals it: bit for bit, but for the
+rounding of ``"int8_dynamic"`` within 2^-20 of the middle between two codes.  Tensors that are not
+on the CPU go through the bricks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..quant.companded import Companded8Codec
 from ..quant.rounding import seed_key
 from .adam import Adam
 from .adamw import AdamScalars
+from .base import Brick
 from .brick_rule import BrickRule
 from .host.bits import host_view
-from .host.companded import BLOCK, adamw_companded, lion_companded
+from .host.coat import adamw_coat
+from .host.companded import adamw_companded, lion_companded
+from .host.dynamic import adamw_dynamic
 from .host.masters import no_extra
 from .lion import Lion
 from .masters import FullMaster, MasterName, SplitMaster, check_master, master_of
@@ -27,19 +30,40 @@ from .seeds import fold_in
 from .spec import Shape, StateSpec
 from .storage import encoding_of
 
+#: The parts of one encoded moment, in the order that the kernels take them.
+_PARTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "int8": ("codes", "absmax"),
+    "int8_dynamic": ("codes", "absmax"),
+    "coat": ("codes", "absmax", "power"),
+}
+
+
+def is_fused(brick: Brick, states: str) -> bool:
+    """Whether ``EncodedRule`` has a kernel for a brick with states of this encoding."""
+    return (isinstance(brick, Adam) and states in _PARTS) or (
+        isinstance(brick, Lion) and states == "int8"
+    )
+
 
 @final
-class CompandedRule:
-    """Update rule: AdamW or Lion, companded 8-bit states (``states="int8"``), any master.
+class EncodedRule:
+    """Update rule: AdamW with states ``"int8"``, ``"int8_dynamic"`` or ``"coat"``, or Lion with
+    ``"int8"``; any master.
 
-    AdamW's states cost 2.0625 bytes a parameter, Lion's 1.03; the master's come on top.
+    AdamW's states cost 2.0625, 2.031 or 2.078 bytes a parameter, Lion's 1.03; the master's come
+    on top.
     """
 
-    def __init__(self, brick: Adam | Lion, *, master: str = "split") -> None:
+    def __init__(self, brick: Adam | Lion, states: str, *, master: str = "split") -> None:
+        if not is_fused(brick, states):
+            raise ValueError(
+                f"states={states!r} of {type(brick).__name__} have no fused kernel; "
+                f"use BrickRule({type(brick).__name__}(), encoding_of({states!r}))"
+            )
         self._lion = isinstance(brick, Lion)
+        self._states = states
         self._master: MasterName = check_master(master)
-        self._bricks = BrickRule(brick, encoding_of("int8"), master=master)
-        assert Companded8Codec().block_size == BLOCK, "the kernels are compiled for one block"
+        self._bricks = BrickRule(brick, encoding_of(states), master=master)
 
     @property
     def elementwise(self) -> bool:
@@ -49,7 +73,7 @@ class CompandedRule:
     @property
     def granule(self) -> int:
         """Ranges start and end at multiples of a block."""
-        return BLOCK
+        return self._bricks.granule
 
     def state_spec(self, shape: Shape, dtype: torch.dtype) -> StateSpec:
         """Return name -> spec of the states of a parameter or range of this shape."""
@@ -86,11 +110,18 @@ class CompandedRule:
             case _:
                 extra = no_extra()
         low, high = (np.uint32(word) for word in seed_key(fold_in(seed, step)))
-        first = (host_view(states["exp_avg.codes"]), host_view(states["exp_avg.absmax"]))
+        first = [host_view(states[f"exp_avg.{part}"]) for part in _PARTS[self._states]]
         if self._lion:
             scalars = AdamScalars.of({"eps": 0.0, **hyper}, step).packed()
             lion_companded(w, extra, g, *first, scalars, element_offset, low, high)
             return
         scalars = AdamScalars.of(hyper, step).packed()
-        second = (host_view(states["exp_avg_sq.codes"]), host_view(states["exp_avg_sq.absmax"]))
-        adamw_companded(w, extra, g, *first, *second, scalars, element_offset, low, high)
+        second = [host_view(states[f"exp_avg_sq.{part}"]) for part in _PARTS[self._states]]
+        match self._states:
+            case "int8":
+                kernel = adamw_companded
+            case "int8_dynamic":
+                kernel = adamw_dynamic
+            case _:
+                kernel = adamw_coat
+        kernel(w, extra, g, *first, *second, scalars, element_offset, low, high)

@@ -11,7 +11,7 @@ are called ``exp_avg.codes``, ``exp_avg.absmax`` and so on.
 | `int8`      | companded 8-bit       | companded 8-bit       | 2.0625                   |
 | `int8_dynamic` | dynamic map        | dynamic map           | 2.031                    |
 | `fp8`       | E4M3                  | E4M3                  | 2.031                    |
-| `coat`      | range-expanded E4M3   | range-expanded E4M3   | 2.14                     |
+| `coat`      | range-expanded E4M3   | range-expanded E4M3   | 2.078                    |
 | `fp8_lm`    | E4M3, one scale       | fp16, one scale       | 3                        |
 | `int4`      | companded 4-bit       | companded 4-bit       | 1.125                    |
 | `int4_torchao` | dynamic 4-bit      | linear 4-bit          | 1.0625                   |

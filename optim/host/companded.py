@@ -18,6 +18,7 @@ from ...quant.companded import Law, law_of
 from .adamw import adam_step
 from .bits import F32, I32, KERNEL_OPTIONS, U32, bits_float, float_bits, load
 from .masters import read_master, write_master
+from .rows import padded, rows, scale_of
 from .scratch import TILE, tile_pointer
 
 #: Elements that share a scale, and blocks that are worked on at a time (they fit the cache).
@@ -28,8 +29,12 @@ _SIGNED: Law = law_of(8, signed=True)
 _POSITIVE: Law = law_of(8, signed=False)
 _LEAD = F32(_SIGNED.lead)
 _UNLEAD = F32(_SIGNED.unlead)
-_SIGNED_INTO, _SIGNED_OUT = U32(_SIGNED.into), U32(_SIGNED.out)
-_POSITIVE_INTO, _POSITIVE_OUT = U32(_POSITIVE.into), U32(_POSITIVE.out)
+_SIGNED_OUT, _POSITIVE_OUT = U32(_SIGNED.out), U32(_POSITIVE.out)
+#: Added to a root as it comes out of the shift, these round it to a code, half to even, and leave
+#: the code in the low bits: 2^23 divided by the power of two that is still missing in the root.
+_SIGNED_ROUNDER = F32(2.0 ** (23 - (_SIGNED.into >> 23)))
+_POSITIVE_ROUNDER = F32(2.0 ** (23 - (_POSITIVE.into >> 23)))
+assert not (_SIGNED.into | _POSITIVE.into) & 0x7FFFFF, "only the exponent is missing"
 assert _SIGNED.lead == _POSITIVE.lead, "the kernels share one lead"
 
 
@@ -51,12 +56,6 @@ def decode_positive(code: Any, step: Any) -> Any:
 
 
 @njit(**KERNEL_OPTIONS)
-def scale_of(worst: Any) -> Any:
-    """Return a block's scale from the largest bit pattern of a magnitude; NaN if not finite."""
-    return bits_float(U32(worst) if worst < U32(0x7F800000) else U32(0x7FC00000))
-
-
-@njit(**KERNEL_OPTIONS)
 def into_unit(scale: Any) -> Any:
     """Return the factor that scales a block's values to the lead."""
     return F32(_LEAD / (scale if not scale < F32(1e-30) else F32(1e-30)))
@@ -66,8 +65,8 @@ def into_unit(scale: Any) -> Any:
 def encode_signed(value: Any, factor: Any) -> Any:
     """Return the int8 pattern of a value."""
     x = F32(bits_float(U32(float_bits(value) & U32(0x7FFFFFFF))) * factor)
-    root = bits_float(U32(U32(float_bits(x) >> U32(1)) + _SIGNED_INTO))
-    code = I32(float_bits(F32(root + F32(8388608.0))))
+    root = bits_float(U32(float_bits(x) >> U32(1)))
+    code = I32(float_bits(F32(root + _SIGNED_ROUNDER)))
     return np.uint8(I32(I32(0) - code) if value < F32(0.0) else code)
 
 
@@ -75,23 +74,10 @@ def encode_signed(value: Any, factor: Any) -> Any:
 def encode_positive(value: Any, factor: Any) -> Any:
     """Return the uint8 code of a value; one that is not zero never gets code 0."""
     x = F32(value * factor)
-    root = bits_float(U32(U32(float_bits(x) >> U32(2)) + _POSITIVE_INTO))
-    code = I32(I32(float_bits(F32(root + F32(8388608.0)))) & I32(0xFF))
-    return np.uint8(max(code, I32(1)) if value > F32(0.0) else code)
-
-
-@njit(**KERNEL_OPTIONS)
-def rows(values: Any) -> Any:
-    """View a flat array of whole blocks as (blocks, 128)."""
-    return values.reshape(values.shape[0] // BLOCK, BLOCK)
-
-
-@njit(**KERNEL_OPTIONS)
-def padded(part: Any) -> Any:
-    """Return a short run followed by zeros up to a whole block."""
-    whole = np.zeros(BLOCK, part.dtype)
-    whole[: part.shape[0]] = part
-    return whole
+    root = bits_float(U32(float_bits(x) >> U32(2)))
+    code = float_bits(F32(root + _POSITIVE_ROUNDER))
+    least = U32(float_bits(_POSITIVE_ROUNDER) + U32(1))
+    return np.uint8(max(code, least) if value > F32(0.0) else code)
 
 
 @njit(**KERNEL_OPTIONS)
@@ -102,9 +88,8 @@ def adamw_blocks(
     """Update whole blocks; ``offset`` is the first element's index, a multiple of the block."""
     m, v = carray(tile_pointer(), (BLOCKS, BLOCK)), carray(tile_pointer(), (BLOCKS, BLOCK))
     count = m_scale.shape[0]
-    # Rows instead of slices: no bounds to clamp.  ``extra`` may be empty; then it is never read.
-    weights, extras, grads = rows(weight), rows(extra), rows(grad)
-    m_rows, v_rows = rows(m_codes), rows(v_codes)
+    weights, extras, grads = rows(weight, BLOCK), rows(extra, BLOCK), rows(grad, BLOCK)
+    m_rows, v_rows = rows(m_codes, BLOCK), rows(v_codes, BLOCK)
     for first in range(0, count, BLOCKS):
         blocks = min(BLOCKS, count - first)
         for b in range(blocks):
@@ -150,13 +135,13 @@ def adamw_companded(
     if end < weight.shape[0]:
         # A short last block is padded with zeros, which change neither scale.
         w, e, mc, vc = (
-            padded(weight[end:]),
-            padded(extra[end:]),
-            padded(m_codes[end:]),
-            padded(v_codes[end:]),
+            padded(weight[end:], BLOCK),
+            padded(extra[end:], BLOCK),
+            padded(m_codes[end:], BLOCK),
+            padded(v_codes[end:], BLOCK),
         )
         adamw_blocks(
-            w, e, padded(grad[end:]), mc, m_scale[blocks:], vc, v_scale[blocks:], scalars,
+            w, e, padded(grad[end:], BLOCK), mc, m_scale[blocks:], vc, v_scale[blocks:], scalars,
             offset + end, low_key, high_key,
         )  # fmt: skip
         left = weight.shape[0] - end
@@ -183,7 +168,12 @@ def lion_blocks(
     """Update whole blocks by Lion; as ``adamw_blocks``."""
     m = carray(tile_pointer(), (BLOCKS, BLOCK))
     count = m_scale.shape[0]
-    weights, extras, grads, m_rows = rows(weight), rows(extra), rows(grad), rows(m_codes)
+    weights, extras, grads, m_rows = (
+        rows(weight, BLOCK),
+        rows(extra, BLOCK),
+        rows(grad, BLOCK),
+        rows(m_codes, BLOCK),
+    )
     for first in range(0, count, BLOCKS):
         blocks = min(BLOCKS, count - first)
         for b in range(blocks):
@@ -221,9 +211,21 @@ def lion_companded(
         low_key, high_key,
     )  # fmt: skip
     if end < weight.shape[0]:
-        w, e, mc = padded(weight[end:]), padded(extra[end:]), padded(m_codes[end:])
+        w, e, mc = (
+            padded(weight[end:], BLOCK),
+            padded(extra[end:], BLOCK),
+            padded(m_codes[end:], BLOCK),
+        )
         lion_blocks(
-            w, e, padded(grad[end:]), mc, m_scale[blocks:], scalars, offset + end, low_key, high_key
+            w,
+            e,
+            padded(grad[end:], BLOCK),
+            mc,
+            m_scale[blocks:],
+            scalars,
+            offset + end,
+            low_key,
+            high_key,
         )
         left = weight.shape[0] - end
         weight[end:], m_codes[end:] = w[:left], mc[:left]
