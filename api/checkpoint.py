@@ -7,7 +7,6 @@ conversion engine, one chunk in memory at a time, and are packed once.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +21,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    convert_and_load_state_dict_in_model,
     rename_source_key,
 )
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from headrace.offload.backing import Backing
@@ -34,6 +31,7 @@ from headrace.offload.errors import SourceError
 from headrace.offload.source import SafetensorsIndex
 from headrace.offload.transfer import FinishedTransfer, Transfer
 
+from .compatibility import convert_into
 from .native_checkpoint import DTYPES, NativePlan, Piece
 
 
@@ -135,13 +133,7 @@ class Checkpoint:
         before = {n: module._parameters[leaf] for n, (module, leaf) in owners.items()}
         try:
             with _no_progress_bar():
-                info, _ = convert_and_load_state_dict_in_model(
-                    self._model, state, _load_config(self._model, self.dtype)
-                )
-            problems = [
-                *map(str, info.conversion_errors),
-                *map(str, info.mismatched_keys),
-            ]
+                problems = convert_into(self._model, state, self.dtype)
             for slot in layout.slots:
                 module, leaf = owners[slot.name]
                 parameter = module._parameters[leaf]
@@ -173,17 +165,6 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _load_config(model: PreTrainedModel, dtype: torch.dtype) -> LoadStateDictConfig:
-    config: dict[str, Any] = {
-        "weight_mapping": get_model_conversion_mapping(model),  # stateful: a fresh one per call
-        "device_map": {"": "cpu"},
-        "dtype": dtype,
-    }
-    if "dtype_plan" in inspect.signature(LoadStateDictConfig).parameters:
-        config["dtype_plan"] = model._get_dtype_plan(dtype)
-    return LoadStateDictConfig(**config)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -39,8 +39,9 @@ from headrace.quant.linear import EncodedModule, part_parameter_name
 from headrace.quant.model import declare_encoded, decoding_bytes
 
 from .budgets import default_budgets, parse_bytes
-from .capture import CollectorTap
+from .capture import open_tap
 from .checkpoint import Checkpoint, ConvertedBacking
+from .compatibility import dtype_plan
 from .copying import make_copyable
 from .errors import InputError
 from .native_checkpoint import AssembledBacking, plan_native, take_quantization_settings
@@ -272,7 +273,7 @@ def attach(
         device=device,
         micro_batch=micro_batch,
         workspace=workspace,
-        tap=CollectorTap(),
+        tap=open_tap(),
         decoding_bytes=decoding,
         closing=closing,
     )
@@ -375,7 +376,7 @@ def _materialize(
 
 def _apply_dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give the parameters that the model keeps in fp32 that dtype, as from_pretrained does."""
-    plan = model._get_dtype_plan(dtype)
+    plan = dtype_plan(model, dtype)
     if not plan:
         return
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):

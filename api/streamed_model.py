@@ -25,8 +25,10 @@ from headrace.offload.runtime import Runtime
 from headrace.offload.schedule import Phase
 
 from .adapting import check_filled, fill_from_base
+from .capture import check_recording
 from .errors import InputError
 from .pretrained import load_weights, mismatches, places, save_weights, stored_tensors
+from .rank_folders import check_mixed_precision
 from .training import Training
 
 if TYPE_CHECKING:
@@ -258,6 +260,10 @@ def _streamed_forward(kind: type[nn.Module]) -> Callable[..., Any]:
         bound = inspect.signature(original).bind_partial(self, *args, **kwargs).arguments
         batch = _batch_of(bound)
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if grad:
+            check_recording(self.config, kwargs)
+            if self._training_side.ranks is not None:
+                check_mixed_precision()
         if grad and takes_cache:
             # A cache would be filled twice, by the forward visit and by its recomputation.
             if bound.get("past_key_values") is not None:
@@ -282,6 +288,8 @@ def _replacement(model: StreamedModel, value: Any) -> Any:
         if model._replaced:
             return inner(*args, **kwargs)
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+        if grad:
+            check_recording(model.config, kwargs)
         positional = {str(i): value for i, value in enumerate(args)}
         head = model._head
         uses = 0 if head is None else head.uses

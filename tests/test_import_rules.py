@@ -51,7 +51,7 @@ NO_TORCH = (
 )
 # The streamed layer and what it is made of: embedding, head and loss are streamed layers too, and
 # ``workspace`` measures what a micro-batch saves for its backward pass.
-MODULE_AND_AUTOGRAD = {"layer", "embedding", "loss", "runtime", "workspace"}
+MODULE_AND_AUTOGRAD = {"layer", "embedding", "head_weight", "loss", "runtime", "workspace"}
 STREAM_NAMES = {"Stream", "Event", "ExternalStream", "current_stream", "stream", "synchronize"}
 
 
