@@ -1,14 +1,20 @@
 """Held-out loss of a real model by weight format, before and after LoRA fine-tuning.
 
-Claims: NF4 costs at most 3 % of the bf16 model's held-out loss, INT8 0.2 %, FP8 0.5 %; calibrated
-GPTQ with an EoRA correction is better than NF4; after LoRA fine-tuning the 4-bit bases are within
-1 % of the bf16 base fine-tuned alike.
+Claims: NF4 costs at most 3 % of the bf16 model's held-out loss (rounded to nearest, and with
+codes chosen by calibration: the bytes have the same layout and anyone decodes them), INT8 0.2 %,
+FP8 0.5 %; calibrated codes with an EoRA correction are better than NF4; after LoRA fine-tuning
+the 4-bit bases are within 1 % of the bf16 base fine-tuned alike.
 
 The model is the demo's (SmolLM2-135M-Instruct, made from an installed package whose weights were
-4-bit with a scale and minimum per 32: affine INT4 of that group would be exact here, and is left
-out); the text is Python's help, cut into calibration, training and held-out parts.  All linear
-layers of the decoder are encoded; computation is fp32, so that the table shows the formats and
-nothing else.
+4-bit with a scale and minimum per 32: it has had one rounding to 4 bits already, and what is
+measured is a second one on another grid; affine INT4 of that group would be exact here, and is
+left out); the text is Python's help, cut into calibration, training and held-out parts.  All
+linear layers of the decoder are encoded; computation is fp32, so that the table shows the formats
+and nothing else.  LoRA runs over the decoded weights (the bits are those of the encoded layers)
+under bf16 autocast, the same for every base.
+
+For comparison a small Llama is trained here from scratch on the same text, so that its weights
+have never been rounded: its rows say what a format costs real-valued weights.
 
     python benchmarks/formats.py --quick --out formats.json --plot formats.png
 """
@@ -24,7 +30,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,14 +41,17 @@ from headrace.progress import Silent
 from headrace.quant import Codec, codec_for_format
 from headrace.quant.eora import eora
 from headrace.quant.gptq import InputMoments, gptq, output_error
-from headrace.quant.hqq import hqq
-from headrace.quant.int4_group import Int4GroupCodec
 from headrace.quant.linear import EncodedLinear
 from headrace.quant.nf4 import Nf4Codec
 
-EORA_RANK = 16
+EORA_RANK = 32
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BASELINE = "bf16"
+CALIBRATED = "gptq nf4"
+CORRECTED = f"{CALIBRATED} + eora {EORA_RANK}"
+#: What claims are made about, and the rest of the table.
+CLAIMED = (BASELINE, "nf4", "int8", "fp8", CALIBRATED, CORRECTED)
+OTHERS = ("nf4, block 32", "mxfp8", "fp4", "nvfp4", "mxfp4", "int4")
 #: The layers of a block that share their input with a layer listed here are not counted again.
 INPUT_OF = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -58,6 +67,35 @@ class Row:
     seconds: float
 
 
+@dataclass
+class Results:
+    """Every figure, written again after each one that is new."""
+
+    path: Path | None
+    quick: bool
+    counts: dict[str, int]
+    rows: list[Row] = field(default_factory=list)
+    scratch_rows: list[Row] = field(default_factory=list)
+    tuned: dict[str, float] = field(default_factory=dict)
+    claims: list[dict[str, object]] = field(default_factory=list)
+
+    def save(self) -> None:
+        """Write the JSON file, if one is wanted."""
+        if self.path is None:
+            return
+        record = {
+            "machine": f"{os.cpu_count()}-core CPU, {torch.get_num_threads()} threads",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "quick": self.quick,
+            **self.counts,
+            "rows": [asdict(row) for row in self.rows],
+            "scratch_rows": [asdict(row) for row in self.scratch_rows],
+            "tuned": self.tuned,
+            "claims": self.claims,
+        }
+        self.path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     """Run, print the table, write the files; return 0 only if all claims hold."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -68,33 +106,31 @@ def main() -> int:
     torch.manual_seed(0)
     length = 256
     held_out, calibration, train = tokens(
-        length, *((8, 12, 16) if arguments.quick else (64, 64, 96))
+        length, *((8, 12, 16) if arguments.quick else (16, 24, 32))
+    )
+    results = Results(
+        arguments.out,
+        arguments.quick,
+        {
+            "held_out_tokens": held_out.numel(),
+            "calibration_tokens": calibration.numel(),
+            "trained_tokens": train.numel(),
+        },
     )
     model = load_model()
     moments = count_inputs(model, calibration)
-    rows, models = measure_formats(model, held_out, moments, quick=arguments.quick)
-    tuned = fine_tune_all(models, train, held_out, epochs=1 if arguments.quick else 2)
-    claims = judge({row.format: row for row in rows}, tuned)
+    print("SmolLM2-135M-Instruct", flush=True)
+    models = measure_formats(model, held_out, moments, CLAIMED, results.rows, results.save)
+    fine_tune_all(models, train, held_out, results, epochs=1 if arguments.quick else 2)
+    measure_from_scratch(results)
+    measure_formats(model, held_out, moments, OTHERS, results.rows, results.save)
+    results.claims = judge(results)
+    results.save()
     if arguments.plot:
-        plot(rows, tuned, arguments.plot)
-    if arguments.out:
-        arguments.out.write_text(
-            json.dumps(
-                {
-                    "machine": {"cpu": platform.processor(), "cores": os.cpu_count()},
-                    "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                    "quick": arguments.quick,
-                    "held_out_tokens": held_out.numel(),
-                    "rows": [asdict(row) for row in rows],
-                    "tuned": tuned,
-                    "claims": claims,
-                },
-                indent=1,
-            )
-        )
-    for claim in claims:
+        plot(results, arguments.plot)
+    for claim in results.claims:
         print(json.dumps(claim))
-    return 0 if all(claim["holds"] for claim in claims) else 1
+    return 0 if all(claim["holds"] for claim in results.claims) else 1
 
 
 def tokens(length: int, *counts: int) -> list[Tensor]:
@@ -119,7 +155,8 @@ def load_model() -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     folder = demo_model(Silent())
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -182,6 +219,20 @@ def source_of(name: str) -> str:
     return f"{parent}.{INPUT_OF.get(leaf, leaf)}"
 
 
+def decoded(model: nn.Module) -> nn.Module:
+    """Return the model with its encoded layers as ordinary ones of the same values."""
+
+    def dense(name: str, linear: nn.Linear) -> nn.Module:
+        if not isinstance(linear, EncodedLinear):
+            return linear
+        made = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        made.weight = nn.Parameter(linear.weight.decode(), requires_grad=False)
+        made.bias = linear.bias
+        return made
+
+    return replace_linears(model, dense)
+
+
 def encoded(linear: nn.Linear, codec: Codec, parts: dict[str, Tensor]) -> EncodedLinear:
     """Return a layer over given parts."""
     return EncodedLinear(
@@ -195,49 +246,54 @@ def encoded(linear: nn.Linear, codec: Codec, parts: dict[str, Tensor]) -> Encode
 
 
 def measure_formats(
-    model: nn.Module, held_out: Tensor, moments: dict[str, Tensor], *, quick: bool
-) -> tuple[list[Row], dict[str, nn.Module]]:
-    """Return the table, and the models that are fine-tuned later."""
-    rows: list[Row] = []
+    model: nn.Module,
+    held_out: Tensor,
+    moments: dict[str, Tensor],
+    words: tuple[str, ...],
+    rows: list[Row],
+    each: Callable[[], None],
+) -> dict[str, nn.Module]:
+    """Append the table's lines for ``words``; return the models that are fine-tuned later."""
     models: dict[str, nn.Module] = {}
-    affine = Int4GroupCodec(block_size=64, mode="affine", scale_dtype="float16")
-    nf4 = Nf4Codec()
-
-    def by_gptq(codec: Codec) -> Callable[[str, nn.Linear], nn.Module]:
-        return lambda name, linear: encoded(
-            linear, codec, gptq(linear.weight, moments[name], codec).parts
-        )
-
-    makers: dict[str, Callable[[str, nn.Linear], nn.Module]] = {
-        BASELINE: lambda name, linear: linear
-    }
-    codecs: dict[str, Codec | None] = {BASELINE: None}
-    for word in ("int8", "fp8", "mxfp8", "nf4", "fp4", "nvfp4", "mxfp4", "int4"):
-        codec = codec_for_format(word)
-        codecs[word] = codec
-        makers[word] = lambda name, linear, codec=codec: EncodedLinear.from_linear(linear, codec)
-    if not quick:
-        makers["hqq g64"] = lambda name, linear: encoded(linear, affine, hqq(linear.weight, affine))
-        makers["gptq int4"] = by_gptq(codec_for_format("int4"))
-    makers["gptq nf4"] = by_gptq(nf4)
-    codecs |= {"hqq g64": affine, "gptq int4": codec_for_format("int4"), "gptq nf4": nf4}
-
     print(f"{'format':<18}{'bits':>7}{'loss':>9}{'over bf16':>11}{'seconds':>9}")
-    for word, make in makers.items():
+    for word in words:
         started = time.perf_counter()
-        made = replace_linears(model, make)
-        add_row(rows, word, bits(model, codecs[word]), mean_loss(made, held_out), started)
-        if word in (BASELINE, "nf4", "gptq nf4"):
+        codec = codec_of(word)
+        if word.startswith(f"{CALIBRATED} +"):
+            made = with_adapters(decoded(models[CALIBRATED]))
+            eora_factors(model, models[CALIBRATED], moments, made)
+        elif codec is None:
+            made = model
+        else:
+            made = replace_linears(model, maker(word, codec, moments))
+        extra = sum(p.numel() for p in made.parameters() if p.requires_grad) * 16
+        count = sum(linear.weight.numel() for linear in decoder_linears(model).values())
+        bits_each = bits(model, codec) + extra / count
+        add_row(rows, word, bits_each, mean_loss(made, held_out), started)
+        if word in (BASELINE, "nf4") or word.startswith(CALIBRATED):
             models[word] = made
-    started = time.perf_counter()
-    corrected = with_adapters(models["gptq nf4"])
-    eora_factors(model, models["gptq nf4"], moments, corrected)
-    extra = sum(p.numel() for p in corrected.parameters() if p.requires_grad) * 16
-    count = sum(linear.weight.numel() for linear in decoder_linears(model).values())
-    word = f"gptq nf4 + eora {EORA_RANK}"
-    add_row(rows, word, bits(model, nf4) + extra / count, mean_loss(corrected, held_out), started)
-    models[word] = corrected
-    return rows, models
+        each()
+    return models
+
+
+def codec_of(word: str) -> Codec | None:
+    """Return the codec of a line of the table; None for the exact weights."""
+    if word == BASELINE:
+        return None
+    if word == "nf4, block 32":
+        return Nf4Codec(block_size=32)
+    return Nf4Codec() if word.startswith(CALIBRATED) else codec_for_format(word)
+
+
+def maker(
+    word: str, codec: Codec, moments: dict[str, Tensor]
+) -> Callable[[str, nn.Linear], nn.Module]:
+    """Return what encodes a layer: to nearest, or by its counted inputs."""
+    if word != CALIBRATED:
+        return lambda name, linear: EncodedLinear.from_linear(linear, codec)
+    return lambda name, linear: encoded(
+        linear, codec, gptq(linear.weight, moments[name], codec).parts
+    )
 
 
 def bits(model: nn.Module, codec: Codec | None) -> float:
@@ -273,67 +329,115 @@ def eora_factors(
 ) -> None:
     """Set the adapters to the EoRA correction of the encoded base."""
     for name, linear in decoder_linears(model).items():
-        decoded = base.get_submodule(name).weight.decode()
-        a, b = eora(linear.weight, decoded, moments[name], rank=EORA_RANK)
+        weight = base.get_submodule(name).weight.decode()
+        a, b = eora(linear.weight, weight, moments[name], rank=EORA_RANK)
         layer = adapted.get_submodule(f"base_model.model.{name}")
         layer.lora_A["default"].weight.copy_(a)
         layer.lora_B["default"].weight.copy_(b)
-        before = output_error(linear.weight, decoded, moments[name])
-        after = output_error(linear.weight, decoded + b @ a, moments[name])
+        before = output_error(linear.weight, weight, moments[name])
+        after = output_error(linear.weight, weight + b @ a, moments[name])
         assert after <= before * 1.001, f"{name}: the correction must not hurt"
 
 
 def fine_tune_all(
-    models: dict[str, nn.Module], train: Tensor, held_out: Tensor, epochs: int
-) -> dict[str, float]:
-    """Return the held-out loss after the same LoRA fine-tuning of each base."""
-    tuned: dict[str, float] = {}
+    models: dict[str, nn.Module], train: Tensor, held_out: Tensor, results: Results, *, epochs: int
+) -> None:
+    """Measure the held-out loss after the same LoRA fine-tuning of each base."""
     for word, base in models.items():
-        if word == "gptq nf4":
+        if word == CALIBRATED:
             continue
-        adapted = base if word.startswith("gptq") else with_adapters(base)
-        tuned[word] = fine_tune(adapted, train, held_out, epochs)
-        print(f"{word:<18} after LoRA: {tuned[word]:.4f}", flush=True)
-    return tuned
+        adapted = base if word == CORRECTED else with_adapters(decoded(base))
+        results.tuned[word] = fine_tune(adapted, train, held_out, epochs)
+        print(f"{word:<18} after LoRA: {results.tuned[word]:.4f}", flush=True)
+        results.save()
 
 
 def fine_tune(model: nn.Module, train: Tensor, held_out: Tensor, epochs: int) -> float:
     """Train the adapters over the text and return the held-out loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0)
+    steps = epochs * len(train.split(2))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(epochs):
         for batch in train.split(2):
-            model(input_ids=batch, labels=batch).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
     return mean_loss(model, held_out)
 
 
-def judge(rows: dict[str, Row], tuned: dict[str, float]) -> list[dict[str, object]]:
+def measure_from_scratch(results: Results) -> None:
+    """Measure the formats on a small byte-level Llama that is trained here."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    length, rows = 128, 16
+    lines = demo_data().read_text(encoding="utf-8").splitlines()
+    text = "\n\n".join(json.loads(line)["text"] for line in lines).encode("utf-8", "ignore")
+    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    pieces = ids[: ids.numel() // length * length].view(-1, length)
+    generator = torch.Generator().manual_seed(3)
+    pieces = pieces[torch.randperm(pieces.shape[0], generator=generator)]
+    held_out, calibration, train = pieces[:96], pieces[96:192], pieces[192:]
+    torch.manual_seed(4)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+    steps = 60 if results.quick else 300
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        batch = train[torch.randint(0, train.shape[0], (rows,), generator=generator)]
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval().requires_grad_(False)
+    print(f"a Llama trained from scratch ({model.num_parameters():,} parameters)", flush=True)
+    moments = count_inputs(model, calibration)
+    words = tuple(word for word in CLAIMED if word != CORRECTED)
+    measure_formats(model, held_out, moments, words, results.scratch_rows, results.save)
+
+
+def judge(results: Results) -> list[dict[str, object]]:
     """Return the claims with their values."""
 
     def claim(text: str, value: float, bar: float) -> dict[str, object]:
         return {"claim": text, "value": round(value, 5), "bar": bar, "holds": value <= bar}
 
-    corrected = next(word for word in rows if "eora" in word)
-    base = tuned[BASELINE]
+    rows = {row.format: row for row in results.rows}
+    scratch = {row.format: row for row in results.scratch_rows}
+    base = results.tuned[BASELINE]
     return [
-        claim("nf4: held-out loss over bf16", rows["nf4"].over_bf16, 0.03),
+        claim("nf4 to nearest: held-out loss over bf16", rows["nf4"].over_bf16, 0.03),
+        claim("nf4 calibrated: held-out loss over bf16", rows[CALIBRATED].over_bf16, 0.03),
         claim("int8: held-out loss over bf16", rows["int8"].over_bf16, 0.002),
         claim("fp8: held-out loss over bf16", rows["fp8"].over_bf16, 0.005),
         claim(
-            "gptq + eora: held-out loss over nf4", rows[corrected].loss / rows["nf4"].loss - 1, 0.0
+            "gptq + eora: held-out loss over nf4", rows[CORRECTED].loss / rows["nf4"].loss - 1, 0.0
         ),
+        claim("weights never rounded, nf4 to nearest over exact", scratch["nf4"].over_bf16, 0.03),
         *(
             claim(f"{word} after LoRA: held-out loss over bf16 after LoRA", loss / base - 1, 0.01)
-            for word, loss in tuned.items()
+            for word, loss in results.tuned.items()
             if word != BASELINE
         ),
     ]
 
 
-def plot(rows: list[Row], tuned: dict[str, float], path: Path) -> None:
+def plot(results: Results, path: Path) -> None:
     """Draw loss over bits."""
     import matplotlib
 
@@ -341,7 +445,7 @@ def plot(rows: list[Row], tuned: dict[str, float], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    coded = [row for row in rows if row.format != BASELINE]
+    coded = [row for row in results.rows if row.format != BASELINE]
     axes.axhline(0, color="#888888", linewidth=0.8)
     axes.scatter(
         [row.bits for row in coded], [100 * row.over_bf16 for row in coded], color="#1f6f8b"
