@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -28,16 +29,14 @@ def worker_module() -> ModuleType:
     return module
 
 
+def start(mode: str, rank: int, store: Path, log: Path, steps: int) -> subprocess.Popen[str]:
+    command = [sys.executable, str(WORKER), mode, str(rank), "2", store, log, str(steps)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
 def run_workers(mode: str, folder: Path, store: str, steps: int) -> list[Path]:
     logs = [folder / f"log{rank}" for rank in range(2)]
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), mode, str(rank), "2", folder / store, log, str(steps)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, log in enumerate(logs)
-    ]
+    children = [start(mode, rank, folder / store, log, steps) for rank, log in enumerate(logs)]
     for child in children:
         _, errors = child.communicate(timeout=120)
         assert child.returncode == 0, errors
@@ -71,6 +70,33 @@ def test_two_workers_equal_one_also_after_one_is_lost(mode: str, tmp_path: Path)
     assert logs[0].read_bytes() == logs[1].read_bytes()
     resumed = ZOStep.resume(worker_module().make_model(), logs[0])
     assert resumed.next_step == 8
+    for name, tensor in resumed.export():
+        assert torch.equal(tensor, expected[name]), name
+    resumed.close()
+
+
+def test_a_worker_is_killed_and_rejoins(tmp_path: Path) -> None:
+    """kill -9 of one worker stops the group; started again, it goes on with the same bits."""
+    steps = 400
+    expected = dict(single("directions", steps).export())
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    children = [
+        start("directions", rank, tmp_path / "first", log, steps) for rank, log in enumerate(logs)
+    ]
+    while all(child.poll() is None for child in children) and not (
+        logs[1].exists() and len(read_log(logs[1])[1]) >= 20
+    ):
+        time.sleep(1e-3)  # polls what the children write; they do not wait for us
+    children[1].kill()
+    for child in children:
+        child.communicate(timeout=120)
+    assert children[0].returncode != 0, "a worker alone cannot go on"
+    reached = [len(read_log(log)[1]) for log in logs]
+    assert max(reached) < steps, "the worker was to be killed in the middle"
+    run_workers("directions", tmp_path, "second", steps)
+    assert logs[0].read_bytes() == logs[1].read_bytes()
+    resumed = ZOStep.resume(worker_module().make_model(), logs[0])
+    assert resumed.next_step == steps
     for name, tensor in resumed.export():
         assert torch.equal(tensor, expected[name]), name
     resumed.close()
