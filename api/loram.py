@@ -84,11 +84,12 @@ def prune(
     A channel counts by the product of the norms of its three vectors, a group by those of its
     values and outputs.  Streams the model once on the CPU.  What was kept is in ``kept.json``.
 
-    Example::
-
-        headrace.prune("model", "model-half", keep=0.5)
-        # headrace tune --model model-half --method lora --out tuned ...
-        headrace.recover("tuned", "tuned-whole")
+    >>> import headrace
+    >>> from transformers import AutoConfig
+    >>> headrace.prune("model-folder", "half-folder", keep=0.5)
+    >>> whole, half = (AutoConfig.from_pretrained(f) for f in ("model-folder", "half-folder"))
+    >>> half.intermediate_size / whole.intermediate_size
+    0.5
     """
     from .streamed_model import StreamedModel
 
@@ -129,6 +130,16 @@ def recover(adapters: str | Path, out: str | Path) -> None:
 
     Rows and columns that the pruned base does not have are zero.  Only plain LoRA (rsLoRA too):
     a DoRA magnitude of a pruned weight is not one of the whole weight.
+
+    >>> import headrace
+    >>> from peft import LoraConfig, get_peft_model
+    >>> headrace.prune("model-folder", "small-folder", keep=0.5)
+    >>> base = headrace.load("small-folder", train="adapters", device="cpu")
+    >>> tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["up_proj"]))
+    >>> factors = {n: p.detach() for n, p in tuned.named_parameters() if p.requires_grad}
+    >>> tuned.save_pretrained("small-tuned", state_dict=factors, save_embedding_layers=False)
+    >>> base.close()
+    >>> headrace.recover("small-tuned", "whole-tuned")
     """
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig
