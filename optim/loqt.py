@@ -36,6 +36,7 @@ class LoqtLinear(EncodedModule):
     """
 
     progress: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self, linear: nn.Linear, name: str, *, rank: int, codec: Codec, scale: float
@@ -188,7 +189,7 @@ def detach_loqt(model: nn.Module) -> None:
             device, dtype = layer.factor.device, layer.factor.dtype
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(layer.whole_weight().to(device, dtype))
-            linear.bias = layer.bias
+            linear.register_parameter("bias", layer.bias)
             model.set_submodule(name, linear)
 
 
