@@ -136,14 +136,15 @@ def kernels(count: int, threads: int) -> Candidates:
     views = [host_view(t) for t in (weight, grad, master, m, v)]
     jobs = [[view[start:stop] for view in views] for start, stop in ranges(count, threads)]
     out: Candidates = {"mimic": lambda: list(pool.map(lambda job: mimic(*job), jobs)) and None}
-    shared = {"exp_avg": torch.zeros(count), "exp_avg_sq": torch.zeros(count)}
+    shared = {name: torch.zeros(count) for name in ("exp_avg", "exp_avg_sq", "master")}
+    ours = torch.randn(count).bfloat16()
     for name, (states, kind) in KERNELS.items():
         rule = fast_rule(Adam(), states, kind)
-        out[name] = updater(rule, torch.randn(count).bfloat16(), grad, pool, threads, shared)
-    step = torch.tensor(3.0)
+        out[name] = updater(rule, ours, grad, pool, threads, shared)
+    step, wide = torch.tensor(3.0), torch.empty(count)
 
     def fused() -> None:
-        wide = grad.float()
+        wide.copy_(grad)
         torch._fused_adamw_(
             [master], [wide], [m], [v], [], [step], lr=1e-4, beta1=0.9, beta2=0.999,
             weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False,
@@ -152,21 +153,22 @@ def kernels(count: int, threads: int) -> Candidates:
 
     out["torch fused"] = fused
     if importlib.util.find_spec("deepspeed") is not None:
-        out["deepspeed"] = deepspeed(master, weight, grad)
+        out["deepspeed"] = deepspeed(master, weight, grad, wide)
     return out
 
 
-def deepspeed(master: Tensor, weight: Tensor, grad: Tensor) -> Callable[[], None]:
+def deepspeed(master: Tensor, weight: Tensor, grad: Tensor, wide: Tensor) -> Callable[[], None]:
     """Return a step of DeepSpeed's CPU Adam, with the casts that it leaves to the caller."""
     adam = importlib.import_module("deepspeed.ops.adam")
     parameter = torch.nn.Parameter(master)
     optimizer = adam.DeepSpeedCPUAdam([parameter], lr=1e-4, weight_decay=0.01, adamw_mode=True)
 
+    parameter.grad = wide
+
     def run() -> None:
-        parameter.grad = grad.float()
+        wide.copy_(grad)
         optimizer.step()
         weight.copy_(parameter.detach())
-        parameter.grad = None
 
     return run
 
@@ -186,7 +188,7 @@ def updater(
     threads: int,
     shared: dict[str, Tensor],
 ) -> Callable[[], None]:
-    """Return a call that does one more step of a rule; fp32 moments are shared to save memory."""
+    """Return a call that does one more step of a rule; fp32 states are shared to save memory."""
     count = weight.numel()
     own = {k: s for k, s in rule.state_spec((count,), weight.dtype).items() if k not in shared}
     states = allocate(own, "cpu")
@@ -277,7 +279,7 @@ def basis(arguments: argparse.Namespace) -> dict[str, float]:
     def reference() -> None:
         exact[:] = torch.linalg.svd(second)
 
-    times = interleave({"ours": ours, "svd": reference}, 3)
+    times = interleave({"ours": ours, "svd": reference}, 5)
     # Square matrices are projected on the right.
     optimum = float(exact[1][:rank].square().sum())
     return {

@@ -175,9 +175,10 @@ class OrthogonalProjector(MatrixProjector):
         # that moves the subspace by far less than the next batch does.  Orthogonal in fp32.
         half = tall.device.type == "cpu" and tall.numel() >= 1 << 18 and multiplies_bf16()
         factor = tall.to(torch.bfloat16) if half else tall
-        for _ in range(self.iterations):
-            image = factor @ (factor.T @ found.to(factor.dtype))
-            found = torch.linalg.qr(image.to(torch.float32))[0]
+        for step in range(self.iterations):
+            image = (factor @ (factor.T @ found.to(factor.dtype))).to(torch.float32)
+            last = step == self.iterations - 1
+            found = torch.linalg.qr(image)[0] if last else _conditioned(image)
         return found
 
     def _from_noise(self, tall: Tensor, rank: int, context: StepContext) -> Tensor:
@@ -190,6 +191,15 @@ class OrthogonalProjector(MatrixProjector):
             found = torch.linalg.qr(tall @ (tall.T @ found))[0]
         inner = torch.linalg.svd(found.T @ tall, full_matrices=False)[0]
         return (found @ inner[:, :rank]).contiguous()
+
+
+def _conditioned(columns: Tensor) -> Tensor:
+    """Return a well-conditioned basis of the columns' span: by Cholesky, half the price of a QR."""
+    scaled = columns / columns.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+    factor, failed = torch.linalg.cholesky_ex(scaled.T @ scaled)
+    if bool(failed):  # dependent columns, or none: QR takes them all
+        return torch.linalg.qr(columns)[0]
+    return torch.linalg.solve_triangular(factor.T, scaled, upper=True, left=False)
 
 
 @final
