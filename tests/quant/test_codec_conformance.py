@@ -1,5 +1,6 @@
 """Every codec keeps the contract of ``headrace.quant.codec``; a new codec adds a line here."""
 
+import itertools
 import math
 import weakref
 
@@ -268,6 +269,19 @@ def test_ranges_decode_alone(codec):
             assert torch.equal(piece, whole[start:stop].to(torch.bfloat16))
         with pytest.raises(ValueError, match="outside"):
             codec.decode_slice(parts, shape, 3, whole.numel() + 1)
+
+
+@every_codec
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_cut_gives_the_bits_of_the_whole(codec, data):
+    shape = data.draw(st.sampled_from([(9, 70), (700,), (2, 5, 48)]))
+    x = gaussian(shape)
+    parts = codec.encode(x)
+    whole = codec.decode(parts, shape).view(-1)
+    cuts = sorted({0, x.numel(), *data.draw(st.lists(st.integers(0, x.numel()), max_size=4))})
+    pieces = [codec.decode_slice(parts, shape, a, b) for a, b in itertools.pairwise(cuts)]
+    assert torch.equal(torch.cat(pieces), whole)
 
 
 @every_codec
