@@ -341,15 +341,18 @@ def _loss_function(kind: type[nn.Module]) -> property:
     def loss_function(self: Any) -> Callable[..., Tensor]:
         function = plain.fget(self)
 
-        @functools.wraps(function)
-        def loss(logits: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-            if not isinstance(logits, LazyLogits):
-                return function(logits, labels, *args, **kwargs)
+        def tiled(logits: LazyLogits, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if args:
                 kwargs["vocab_size"] = args[0]
             kwargs.pop("vocab_size", None)
             head, *_ = logits.parts()
             return head.loss(logits, labels, function, kwargs)
+
+        @functools.wraps(function)
+        def loss(*args: Any, **kwargs: Any) -> Tensor:
+            logits = args[0] if args else kwargs.get("logits")
+            # Other losses (classification, regression) take arguments of their own, in their order.
+            return (tiled if isinstance(logits, LazyLogits) else function)(*args, **kwargs)
 
         return loss
 
