@@ -261,3 +261,22 @@ def test_importing_the_package_registers_nothing() -> None:
         "assert 'headrace' in auto.AUTO_QUANTIZATION_CONFIG_MAPPING\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("family", "word"), [("llama", "nf4"), ("gpt2", "int8")])
+def test_both_ways_to_a_foreign_folder_write_the_same_tensors(
+    tmp_path: Path, family: str, word: str
+) -> None:
+    folder = make_folder(family, tmp_path, torch.bfloat16)
+    encoded(folder, format=word, layout="transformers").save_pretrained(tmp_path / "saved")
+    headrace.quantize_for_transformers(folder, tmp_path / "streamed", format=word)
+    saved = load_file(tmp_path / "saved/model.safetensors")
+    streamed: dict[str, torch.Tensor] = {}
+    for shard in (tmp_path / "streamed").glob("*.safetensors"):
+        streamed |= load_file(shard)
+    assert streamed.keys() == saved.keys()
+    assert all(torch.equal(streamed[name], saved[name]) for name in saved)
+    configs = [
+        json.loads((tmp_path / d / "config.json").read_text()) for d in ("saved", "streamed")
+    ]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
