@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import DataError, InputError
     from .exporting import export
     from .foreign_quantizing import quantize_for_transformers
+    from .hand_over import export_distributed, import_distributed
     from .loading import load
     from .loram import prune, recover
     from .merging import merge_and_unload
@@ -45,7 +46,9 @@ _HOMES = MappingProxyType(
         "correct_adapters": "adapting",
         "default_budgets": "budgets",
         "export": "exporting",
+        "export_distributed": "hand_over",
         "export_states": "state_folder",
+        "import_distributed": "hand_over",
         "import_states": "state_folder",
         "load": "loading",
         "merge_and_unload": "merging",
@@ -76,7 +79,9 @@ __all__ = [
     "correct_adapters",
     "default_budgets",
     "export",
+    "export_distributed",
     "export_states",
+    "import_distributed",
     "import_states",
     "load",
     "merge_and_unload",

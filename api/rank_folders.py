@@ -32,3 +32,19 @@ def find_ranks() -> Ranks | None:
 def rank_folder(folder: Path, ranks: Ranks | None) -> Path:
     """A rank's own part of a store's folder."""
     return folder if ranks is None else folder / f"rank-{ranks.rank}-of-{ranks.count}"
+
+
+def check_mixed_precision() -> None:
+    """Refuse an Accelerator's autocast, which it does not put around a model of several ranks.
+
+    Such a model is marked as prepared, or accelerate would wrap it in DistributedDataParallel; it
+    then gets no autocast either, and the run would silently be one in the weights' own type.
+    """
+    from accelerate.state import AcceleratorState, is_initialized
+
+    kind = AcceleratorState().mixed_precision if is_initialized() else "no"
+    if kind != "no":
+        raise InputError(
+            f"{kind}=True (mixed precision) has no effect with several ranks: give "
+            f"headrace.load(..., dtype=...) the type to compute in instead, and leave {kind} out"
+        )

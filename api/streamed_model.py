@@ -27,7 +27,7 @@ from headrace.offload.schedule import Phase
 from .adapting import check_filled, fill_from_base
 from .capture import check_recording
 from .errors import InputError
-from .pretrained import load_weights, mismatches, places, save_weights, stored_tensors
+from .pretrained import converted, load_weights, mismatches, places, save_weights, stored_tensors
 from .rank_folders import check_mixed_precision
 from .training import Training
 
@@ -108,7 +108,17 @@ class StreamedModel(nn.Module):
         error_msgs: list[str],
     ) -> None:
         # Takes what is for streamed parameters; torch goes on with the rest.
-        found = {n: p for n, p in places(self).items() if prefix + n in state_dict}
+        known = places(self)
+        own = {prefix + name for name in self._own_names(known)}
+        strangers = {key: state_dict[key] for key in state_dict if key not in own}
+        if strangers and any(prefix + name not in state_dict for name in known):
+            names = {slot: name for name, (_, slot) in known.items()}
+            for slot, tensor in converted(
+                self, {key.removeprefix(prefix): t for key, t in strangers.items()}
+            ).items():
+                if slot in names and prefix + names[slot] not in state_dict:
+                    state_dict[prefix + names[slot]] = tensor
+        found = {n: p for n, p in known.items() if prefix + n in state_dict}
         tensors = {name: state_dict.pop(prefix + name) for name in found}
         wrong = mismatches(self, tensors.items())
         error_msgs += wrong
@@ -127,6 +137,11 @@ class StreamedModel(nn.Module):
             missing_keys[:] = [key for key in missing_keys if key not in loaded]
 
         handle = self.register_load_state_dict_post_hook(not_missing)
+
+    def _own_names(self, streamed: Mapping[str, Any]) -> set[str]:
+        buffers = (name for name, _ in self.named_buffers())
+        parameters = (name for name, _ in self.named_parameters(remove_duplicate=False))
+        return {*streamed, *buffers, *parameters}
 
     def close(self) -> None:
         """Flush updates, stop the lanes, free memory; the model cannot be used afterwards."""

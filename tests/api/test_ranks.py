@@ -59,14 +59,14 @@ def run(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
     if die is not None:
-        assert children[die[0]].wait(timeout=120) == -9
+        assert children[die[0]].wait(timeout=400) == -9
         for child in children:  # whoever is left waits for the lost rank, as it should
             child.kill()
             child.communicate()
         return []
     found = []
     for child in children:
-        output, errors = child.communicate(timeout=120)
+        output, errors = child.communicate(timeout=400)
         assert child.returncode == 0, errors
         found.append(json.loads(output.splitlines()[-1]))
     return found
@@ -116,3 +116,35 @@ def test_ranks_that_cannot_talk_are_refused(
     with pytest.raises(InputError, match=r"torch\.distributed is not initialised"):
         headrace.load(folder, train="all", store=tmp_path / "store", device="cpu")
     assert not (tmp_path / "store").exists()
+
+
+def trainer_history(count: int, mode: str, folder: Path, work: Path, *more: str) -> Any:
+    command = [sys.executable]
+    if count > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    script = Path(__file__).parent / "ranks_trainer.py"
+    done = subprocess.run(
+        [*command, str(script), mode, str(folder), str(work), *more],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("history")]
+    return json.loads(lines[0].removeprefix("history")) if lines else done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_stock_trainer_under_torchrun_has_the_history_of_one_process(
+    mode: str, folder: Path, tmp_path: Path
+) -> None:
+    one = trainer_history(1, mode, folder, tmp_path / "one")
+    two = trainer_history(2, mode, folder, tmp_path / "two")
+    assert len(one) == 4
+    assert torch.allclose(torch.tensor(two), torch.tensor(one), rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
+def test_autocast_that_would_be_lost_is_refused(folder: Path, tmp_path: Path) -> None:
+    error = trainer_history(2, "full", folder, tmp_path, "bf16")
+    assert "bf16=True" in error and "dtype" in error
