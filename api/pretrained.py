@@ -7,13 +7,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 
 from headrace.offload.backing import Backing, StoreBacking
@@ -25,6 +27,7 @@ from headrace.offload.runtime import Runtime
 from headrace.offload.schedule import Phase, Schedule
 from headrace.offload.transfer import FinishedTransfer, Transfer
 
+from .compatibility import convert_into
 from .exporting import write_model
 from .stored_tensor import StoredTensor
 
@@ -174,6 +177,25 @@ def places(model: StreamedModel) -> dict[str, tuple[str, str]]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in by_parameter
     }
+
+
+def converted(model: StreamedModel, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under a checkpoint's own names (experts one by one, say) as parameters by slot name.
+
+    What belongs to no parameter is left out.  Memory: the tensors given, once more.
+    """
+    kind: Any = type(model).__bases__[1]
+    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+    with init_empty_weights(include_buffers=False):
+        twin = kind._from_config(copy.deepcopy(model.config), dtype=dtype)
+    problems = convert_into(twin, others, dtype)
+    found = {n: p.detach() for n, p in twin.named_parameters() if not p.is_meta}
+    if problems and not found:
+        raise HeadraceError(
+            f"load_state_dict() was given {len(others)} tensors under names of a checkpoint that "
+            f"could not be converted: {problems[:3]}. Open their folder with headrace.load."
+        )
+    return found
 
 
 def mismatches(model: StreamedModel, given: Iterable[tuple[str, Tensor]]) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 
 class Tokens(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -41,3 +42,20 @@ def test_history_and_resume_are_those_of_the_resident_model(harness: Any, method
 
 def test_a_tied_head_too(harness: Any) -> None:
     harness.compare(make_trainer, "full", folder=harness.folder(tied=True))
+
+
+def test_experts_return_from_the_checkpoints_own_names(harness: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "mixtral"
+    torch.manual_seed(7)
+    config = MixtralConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    harness.compare(make_trainer, "full", folder=folder)
