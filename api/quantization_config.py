@@ -123,14 +123,15 @@ class _EncodeOnLoad(ConversionOps):  # type: ignore[no-untyped-call]
     def convert(
         self,
         input_dict: dict[str, Any],
-        *,
-        model: PreTrainedModel,
-        missing_keys: set[str] | None = None,
-        **_: Any,
-    ) -> dict[str, Tensor]:
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, list[Tensor]]:
         """Take the weights; nothing is left for transformers to set."""
+        missing_keys = kwargs.get("missing_keys")
         for name, value in input_dict.items():
-            self._quantizer.take(model, name, value[0] if isinstance(value, list) else value)
+            weight = value[0] if isinstance(value, list) else value
+            self._quantizer.take(kwargs["model"], name, weight)
             if missing_keys is not None:
                 missing_keys.discard(name)
         return {}
