@@ -216,7 +216,8 @@ def table(runs: list[Run], seeds: list[int]) -> dict[str, Run]:
         row = rows[name]
         paper = f"{PUBLISHED[name][0]:7.4f}" if name in PUBLISHED else " " * 7
         print(f"{name:28s} {row['lr']:7.0e} {row['loss']:7.4f} {row['over_adamw']:8.4f} "
-              f"{row['spread']:7.4f} {row['repeats']:4d} {paper} {row['state_bytes_per_parameter']:9.3f}")  # fmt: skip
+              f"{row['spread']:7.4f} {row['repeats']:4d} {paper} "
+              f"{row['state_bytes_per_parameter']:9.3f}")  # fmt: skip
     return rows
 
 
