@@ -2,8 +2,12 @@
 
 A small Llama with bf16 weights is trained from scratch on the bytes of the text that the package
 ships, with the same batches, schedule and seeds for every recipe.  Rank is a quarter of the width.
-AdamW in every encoding runs at the rate that is best for fp32 AdamW; other methods at the best of
-three rates (``--grid`` measures them, on text that neither trains nor tests).
+AdamW in every encoding runs at the rate that was best for fp32 AdamW of four (5e-4 to 4e-3, 200
+steps, ``--grid``, on text that neither trains nor tests).  GaLore, APOLLO, Fira, FRUGAL, GRASS,
+APOLLO-Mini, Lion, Adafactor, SGD and signSGD had two to four rates each; APOLLO's and Lion's best
+was the largest tried.  FRUGAL also had three scales of its signs, tried after its first held-out
+losses were seen.  The other rows take over the rate of their nearest relative.  Three repeats
+spread by up to 2 % between encodings of AdamW: a mean below 1 is noise, not a gain.
 
 Every finished run is written to ``--out`` at once, and runs found there are not repeated.
 
