@@ -45,14 +45,15 @@ def decode_signed(code: Any, step: Any) -> Any:
     sign = U32(float_bits(c) & U32(0x80000000))
     squared = U32(U32(U32(float_bits(c) << U32(1)) - _SIGNED_OUT) & U32(0x7FFFFFFF))
     unit = bits_float(U32(squared | sign))
-    return F32(unit * step) if code != np.uint8(0) else F32(0.0)
+    # Chosen before the product: in a block that is not finite, nothing is zero.
+    return F32((unit if code != np.uint8(0) else F32(0.0)) * step)
 
 
 @njit(**KERNEL_OPTIONS)
 def decode_positive(code: Any, step: Any) -> Any:
     """Return the value of a uint8 code."""
     unit = bits_float(U32(U32(float_bits(F32(code)) << U32(2)) - _POSITIVE_OUT))
-    return F32(unit * step) if code != np.uint8(0) else F32(0.0)
+    return F32((unit if code != np.uint8(0) else F32(0.0)) * step)
 
 
 @njit(**KERNEL_OPTIONS)
