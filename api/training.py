@@ -357,7 +357,8 @@ class Training:
             raise BudgetError(
                 f"full fine-tuning needs at least {least:,} bytes on HOST (chunk {name!r} of "
                 f"{chunk_bytes:,}, gradients {gradients:,}, two state tiles of "
-                f"{largest_tile:,}), but the budget is {limit:,}. Raise host_budget."
+                f"{largest_tile:,}), but the budget is {limit:,}. Raise host_budget "
+                f"to at least {least:,} bytes."
             )
         chunk_bytes, name = max((c.layout.nbytes, n) for n, c in chunks.items() if not c.gathered)
         gradients = Gradients.device_bytes(layouts, on_device)
@@ -366,7 +367,8 @@ class Training:
             raise BudgetError(
                 f"full fine-tuning needs at least {least:,} bytes on DEVICE (chunk {name!r} of "
                 f"{chunk_bytes:,}, gradients {gradients:,}), before the computation's own "
-                f"working memory, but the budget is {limit:,}. Raise device_budget."
+                f"working memory, but the budget is {limit:,}. Raise "
+                f"device_budget to at least {least:,} bytes."
             )
 
     def _place(
@@ -396,6 +398,9 @@ class Training:
             if size <= left:
                 resident[name] = [engine.acquire_host("states", t.nbytes) for t in of_chunk]
                 left -= size
+        lasting = ring_count * largest_tile + (all_gradients if hold_all else ring_gradients)
+        states = sum(slab.nbytes for slabs in resident.values() for slab in slabs)
+        runtime.parking.leave_host(lasting + states)
         return hold_all, ring, resident
 
     def _close(self) -> None:

@@ -98,6 +98,10 @@ class Parking:
         self.orphans: deque[tuple[Loan | None, Slab | None, DirectFile | None, int]] = deque()
         self.parked_bytes = dict.fromkeys(ParkPlace, 0)
 
+    def leave_host(self, nbytes: int) -> None:
+        """Leave this much more host memory to what was borrowed for good: states, gradients."""
+        self._host_room -= nbytes
+
     def park(self, tensor: Tensor) -> Parked:
         """Take a tensor over; the caller drops it."""
         self._bury()

@@ -484,7 +484,8 @@ class Engine:
                 largest = max(sizes, key=lambda name: sizes[name])
                 raise BudgetError(
                     f"chunk {largest!r} alone needs {sizes[largest]:,} bytes on {tier.name}, but "
-                    f"the budget is {budget.limit_bytes:,}. Raise {tier.value}_budget."
+                    f"the budget is {budget.limit_bytes:,}. Raise {tier.value}_budget to at least "
+                    f"{sizes[largest]:,} bytes."
                 )
 
     def close(self) -> None:
