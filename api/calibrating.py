@@ -55,6 +55,15 @@ def read_calibration(
     """Read a JSONL file as ``tune`` does and cut it into whole rows of ``tokens`` tokens.
 
     ``rows`` is the most that is used, ``micro_batch`` how many go through a layer at a time.
+
+    >>> from pathlib import Path
+    >>> import headrace
+    >>> data = headrace.read_calibration(
+    ...     Path("texts.jsonl"), Path("model-folder"), rows=8, tokens=32, micro_batch=4
+    ... )
+    >>> [tuple(batch.shape) for batch in data.batches]
+    [(4, 32), (4, 32)]
+    >>> _ = headrace.quantize("model-folder", "calibrated", format="gptq", calibration=data)
     """
     if min(rows, tokens, micro_batch) < 1:
         raise InputError(f"calibration with {rows} rows of {tokens} tokens: give 1 or more of each")

@@ -44,12 +44,24 @@ class HeadraceCallback(TrainerCallback):
     see the figures, and names the bottleneck in the progress bar.  Given as
     ``Trainer(callbacks=[...])`` it comes after them: history and printed logs have the figures.
 
-    Example::
-
-        trainer = Trainer(model=model, args=args, train_dataset=rows, optimizers=(optimizer, None))
-        watcher = HeadraceCallback().attach(trainer)
-        trainer.train()
-        print(watcher.report)
+    >>> import headrace
+    >>> from headrace.optim import adamw
+    >>> from transformers import Trainer, TrainingArguments
+    >>> model = headrace.load("model-folder", train="all", store="run", device="cpu")
+    >>> rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 2
+    >>> args = TrainingArguments(
+    ...     "out", max_steps=1, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True
+    ... )
+    >>> optimizers = (adamw(model, lr=1e-3), None)
+    >>> trainer = Trainer(model, args, train_dataset=rows, optimizers=optimizers)
+    >>> watcher = headrace.HeadraceCallback().attach(trainer)
+    >>> _ = trainer.train()
+    {'loss': ...}
+    >>> sorted(name for name in trainer.state.log_history[0] if name.endswith("_busy"))
+    ['headrace/compute_busy', ...]
+    >>> watcher.report.steps
+    1
+    >>> model.close()
     """
 
     def __init__(self, *, page: str | Path | None = None) -> None:

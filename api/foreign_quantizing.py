@@ -63,6 +63,13 @@ def quantize_for_transformers(
     ``headrace.load`` streams such folders as they are.  A weight that the layout has no place
     for, such as fused experts, is refused by name; ``keep`` leaves modules as they are.
     Memory, resuming and reports are those of ``headrace.quantize``.
+
+    >>> import headrace
+    >>> from transformers import AutoConfig
+    >>> folder = headrace.quantize_for_transformers("model-folder", "for-transformers")
+    >>> AutoConfig.from_pretrained(folder).quantization_config["quant_method"]
+    'bitsandbytes'
+    >>> headrace.load(folder, train="adapters", device="cpu").close()
     """
     folder, target = find_folder(model), Path(out)
     refuse_without_data(format, calibration, 0)

@@ -47,7 +47,19 @@ def export_distributed(model: nn.Module, folder: str | Path) -> None:
     ``set_state_dict``.  Disk: a second copy of weights and states, for the time of the call.
     Raises ``InputError`` for states that torch's AdamW does not have.
 
-    Example: ``headrace.export_distributed(model, "for-fsdp")``.
+    >>> import headrace
+    >>> import torch.distributed.checkpoint as dcp
+    >>> from headrace.optim import adamw
+    >>> model = headrace.load("model-folder", train="all", store="run", device="cpu")
+    >>> optimizer = adamw(model, lr=1e-3)
+    >>> tokens = torch.tensor([[1, 2, 3, 4]])
+    >>> model(input_ids=tokens, labels=tokens).loss.backward()
+    >>> optimizer.step()
+    >>> headrace.export_distributed(model, "for-fsdp")
+    >>> model.close()
+    >>> metadata = dcp.FileSystemReader("for-fsdp").read_metadata().state_dict_metadata
+    >>> metadata["optim.state.model.norm.weight.exp_avg"].size
+    torch.Size([32])
     """
     import torch.distributed.checkpoint as dcp
 
@@ -93,7 +105,22 @@ def import_distributed(model: nn.Module, folder: str | Path) -> None:
     fp32 master is taken from the checkpoint's weights, if those are fp32.  Memory: one chunk's
     states.  Raises ``SourceError`` naming a state that is missing or of another shape.
 
-    Example: ``headrace.import_distributed(model, "from-fsdp")``.
+    >>> import headrace
+    >>> from headrace.optim import adamw
+    >>> tokens = torch.tensor([[1, 2, 3, 4]])
+    >>> first = headrace.load("model-folder", train="all", store="first", device="cpu")
+    >>> optimizer = adamw(first, lr=1e-3)
+    >>> first(input_ids=tokens, labels=tokens).loss.backward()
+    >>> optimizer.step()
+    >>> headrace.export(first, "weights")
+    >>> headrace.export_distributed(first, "states")  # or saved by an FSDP2 program
+    >>> first.close()
+    >>> model = headrace.load("weights", train="all", store="second", device="cpu")
+    >>> optimizer = adamw(model, lr=1e-3)
+    >>> headrace.import_distributed(model, "states")
+    >>> headrace.statistics(model).steps
+    1
+    >>> model.close()
     """
     import torch.distributed.checkpoint as dcp
 

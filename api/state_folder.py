@@ -98,7 +98,16 @@ def export_states(model: nn.Module, folder: str | Path) -> None:
     calls this; together they write one folder.  Raises ``InputError`` where there is no optimizer
     or the folder holds something.
 
-    Example: ``headrace.export_states(model, "states")``.
+    >>> import headrace
+    >>> from headrace.optim import adamw
+    >>> from pathlib import Path
+    >>> model = headrace.load("model-folder", train="all", store="run", device="cpu")
+    >>> optimizer = adamw(model, lr=1e-3)
+    >>> headrace.export_states(model, "run-states")
+    >>> model.close()
+    >>> files = sorted(Path("run-states").glob("chunk-*"))
+    >>> sorted(load_file(files[0]))  # of the first chunk, the embedding
+    ['model.embed_tokens.weight/exp_avg', 'model.embed_tokens.weight/exp_avg_sq']
     """
     training = _training_of(model)
     target = Path(folder).absolute()
@@ -146,7 +155,24 @@ def import_states(model: nn.Module, folder: str | Path) -> None:
     Budgets, tiles and the number of ranks may differ.  Raises ``SourceError`` naming the file and
     tensor that is missing, damaged or of another shape, before anything is changed.
 
-    Example: ``headrace.import_states(model, "states")``.
+    >>> import headrace
+    >>> from headrace.optim import adamw
+    >>> tokens = torch.tensor([[1, 2, 3, 4]])
+    >>> first = headrace.load("model-folder", train="all", store="first", device="cpu")
+    >>> optimizer = adamw(first, lr=1e-3)
+    >>> first(input_ids=tokens, labels=tokens).loss.backward()
+    >>> optimizer.step()
+    >>> headrace.export(first, "weights")
+    >>> headrace.export_states(first, "states")
+    >>> first.close()
+    >>> model = headrace.load(
+    ...     "weights", train="all", store="second", device="cpu", host_budget="64MB"
+    ... )
+    >>> optimizer = adamw(model, lr=1e-3)
+    >>> headrace.import_states(model, "states")
+    >>> headrace.statistics(model).steps
+    1
+    >>> model.close()
     """
     training = _training_of(model)
     source = Path(folder)

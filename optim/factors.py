@@ -43,7 +43,15 @@ def rebalanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lora_pairs(model: nn.Module) -> list[Pair]:
-    """Return the trainable (up, down) pairs of a PEFT model's LoRA layers."""
+    """Return the trainable (up, down) pairs of a PEFT model's LoRA layers.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = AutoModelForCausalLM.from_pretrained("model-folder")
+    >>> model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    >>> [(tuple(up.shape), tuple(down.shape)) for up, down in lora_pairs(model)][:2]
+    [((32, 4), (4, 32)), ((32, 4), (4, 64))]
+    """
     parameters = dict(model.named_parameters())
     pairs = []
     for name, down in parameters.items():

@@ -166,6 +166,14 @@ def attach_loqt(
 
     Embeddings and the output head stay, and so do layers that are frozen.  Build the optimizer
     afterwards, then a ``LoqtMerges``.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    >>> attach_loqt(model, rank=8)
+    ['0', '2']
+    >>> model[0]
+    LoqtLinear(64, 64, rank=8, codec=nf4)
+    >>> [tuple(p.shape) for p in model[0].parameters() if p.requires_grad]  # factor and bias
+    [(64, 8), (64,)]
     """
     roles = parameter_roles(model)
     codec = codec or Nf4Codec()
@@ -183,7 +191,15 @@ def attach_loqt(
 
 
 def detach_loqt(model: nn.Module) -> None:
-    """Put ordinary linear layers with the merged weights back, in place."""
+    """Put ordinary linear layers with the merged weights back, in place.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64))
+    >>> x, names = torch.ones(1, 64), attach_loqt(model, rank=8)
+    >>> before = model(x)
+    >>> detach_loqt(model)
+    >>> model[0], torch.allclose(model(x), before, atol=1e-5)
+    (Linear(in_features=64, out_features=64, bias=True), True)
+    """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoqtLinear):
             device, dtype = layer.factor.device, layer.factor.dtype
@@ -200,6 +216,19 @@ class LoqtMerges:
     Merge i + 1 comes ``gap + growth ** i`` steps after merge i, the first at the first step.  At a
     merge the optimizer leaves the factors alone and forgets their moments, which belong to the
     old basis.  With gradient accumulation the basis is that of the last micro-batch.
+
+    >>> from headrace.optim import adamw
+    >>> model = nn.Sequential(nn.Linear(64, 64))
+    >>> names = attach_loqt(model, rank=8)
+    >>> optimizer = adamw(model, lr=1e-2)
+    >>> merges = LoqtMerges(model, optimizer, gap=2)
+    >>> for _ in range(6):
+    ...     model(torch.ones(1, 64)).square().sum().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> int(model[0].progress[1])  # merged at the first step, and when 2 + 1.2 had passed
+    2
+    >>> merges.close()
     """
 
     def __init__(
