@@ -21,6 +21,7 @@ from .exporting import write_model
 from .preparation import load_tokenizer
 from .progress import Watcher
 from .saving import check_new_folder, written_whole
+from .zo_run import check_plain
 
 if TYPE_CHECKING:
     from headrace.zo.replay import Replayer
@@ -66,6 +67,12 @@ def replay_run(
     with Replayer(header, records, threads=threads or os.cpu_count() or 1) as replayer:
         model = _opened(base)
         try:
+            check_plain(
+                model,
+                base,
+                "give the checkpoint that they were made of if the run began with that one; a "
+                "run over encoded weights is taken up from Python (ZOStep.resume)",
+            )
             _check_base(model, replayer, header.base, f"{log} and {base}")
             watcher.say(f"{len(records)} steps on {len(replayer.trained)} tensors")
             with written_whole(out) as folder:

@@ -18,6 +18,8 @@ from .errors import InputError
 from .run_memory import rows_digest
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .data import Rows
     from .options import TuneOptions
 
@@ -58,6 +60,18 @@ def create_run(
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_plain(model: nn.Module, base: str, advice: str) -> None:
+    """Refuse a base with encoded weights: a log is applied to weights, never to their codes."""
+    from headrace.quant.model import encoded_weights
+
+    names = list(encoded_weights(model))
+    if names:
+        raise InputError(
+            f"{base}: {len(names)} weights are encoded, the first {names[0]!r}, and codes are "
+            f"coarser than zeroth-order steps; {advice}"
+        )
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from .reporting import SUMMARY_NAME, report
 from .saving import written_whole
 from .streamed_model import StreamedModel, runtime_of
 from .tuning import TuneResult, evaluated, sampled, step_event
-from .zo_run import LOG_NAME, check_rows, create_run, read_run
+from .zo_run import LOG_NAME, check_plain, check_rows, create_run, read_run
 
 if TYPE_CHECKING:
     from headrace.zo.settings import ZOSettings
@@ -53,6 +53,12 @@ def tune_zo(options: TuneOptions, material: Material, watcher: Watcher, began: f
     )
     assert isinstance(model, StreamedModel)
     try:
+        check_plain(
+            model,
+            options.model,
+            "give the checkpoint that they were made of, or train their scales from Python "
+            "(headrace.zo.quantised: qzo_settings, trains_scales)",
+        )
         return _run(options, material, model, watcher, began)
     finally:
         model.close()

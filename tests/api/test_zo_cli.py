@@ -251,3 +251,44 @@ def test_what_cannot_be_resumed_is_refused(
     assert main(decayed) == 2
     assert "--weight-decay" in capsys.readouterr().err
     assert not (tmp_path / "third").exists() and not (tmp_path / "x").exists()
+
+
+# encoded bases
+
+
+@pytest.fixture(scope="module")
+def encoded_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoded") / "int4"
+    assert main(["quantize", str(model_folder), str(folder), "--format", "int4", "--json"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("zo_method", ["recommended", "mezo"])
+def test_an_encoded_base_is_refused_before_anything_is_trained(
+    zo_method: str,
+    encoded_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {path.name for path in tmp_path.iterdir()}
+    assert main(tune_arguments(tmp_path, encoded_folder, data, zo_method=zo_method)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "28 weights are encoded, the first 'model.layers.0." in error
+    assert "give the checkpoint that they were made of" in error and "trains_scales" in error
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_replay_on_an_encoded_base_is_refused(
+    runs: dict[str, Path],
+    encoded_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    capsys.readouterr()
+    log, out = runs["low-rank"].with_suffix(".zolog"), tmp_path / "out"
+    assert main(["zo", "replay", str(encoded_folder), str(log), str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "28 weights are encoded" in error and "ZOStep.resume" in error
+    assert list(tmp_path.iterdir()) == []
