@@ -266,7 +266,7 @@ def attach(
             scratch,
             place=place,
             device_reserve_bytes=device_reserve,
-            host_reserve_bytes=min(host_bytes, 3 * sizes[0]),
+            host_reserve_bytes=min(host_bytes, sum(sizes[:3])),
             workspace=workspace,
         ),
         bound=bound,

@@ -87,7 +87,7 @@ class Training:
         # What ``user_state`` gave at the step that was resumed; None in a new run.
         self.resumed_user: dict[str, Any] | None = None
         self._resident_steps = 0
-        self._rules: dict[str, UpdateRule] = {}
+        self._rules: Mapping[str, UpdateRule] = {}
         self._layouts_bound: dict[str, ChunkLayout] = {}
         self.saved = SavedStates(runtime)
 
