@@ -110,6 +110,8 @@ def export_states(model: nn.Module, folder: str | Path) -> None:
     ['model.embed_tokens.weight/exp_avg', 'model.embed_tokens.weight/exp_avg_sq']
     """
     training = _training_of(model)
+    # All ranks update together, so none may wait for another that is still about it.
+    runtime_of(model).flush()
     target = Path(folder).absolute()
     first = training.ranks is None or training.ranks.rank == 0
     if first:
