@@ -1,9 +1,10 @@
-"""Runs public fine-tuning scripts of PEFT with the two lines changed that Headrace needs.
+"""Runs public fine-tuning scripts of transformers and PEFT with the lines changed for Headrace.
 
-``python examples/check.py --peft DIR``, a checkout of that repository (``docs/examples.md`` names
-the commit).  Each script is copied into a scratch folder, changed, and run on the CPU with a tiny
-model and a few rows made here; no network.  It prints every diff.  Exit code 1 if a script fails;
-a script that is not what the change was written for is refused.
+``python examples/check.py --transformers DIR --peft DIR``, checkouts of those repositories
+(``docs/examples.md`` names the commits); without one of them its scripts are left out.  Each
+script is copied into a scratch folder, changed, and run on the CPU with a tiny model and a few
+rows made here; no network.  It prints every diff.  Exit code 1 if a script fails; a script that
+is not what the change was written for is refused.
 """
 
 from __future__ import annotations
@@ -58,7 +59,67 @@ def load(*names, **options):
     return Accuracy()
 """
 
+RUN_CLM = "examples/pytorch/language-modeling/run_clm.py"
+IMPORT = Change("import evaluate", "import evaluate", ("import evaluate", "import headrace"))
+IMPORT_BOTH = Change(
+    "import evaluate", "import evaluate", ("import evaluate", "import headrace, peft")
+)
+CLM_LOAD, CLM_LOAD_END = "        model = AutoModelForCausalLM.from_pretrained(", "        )"
+CLM_ARGUMENTS = (
+    *("--model_name_or_path", "model", "--train_file", "texts.txt", "--output_dir", "tuned"),
+    *("--validation_file", "texts.txt", "--do_train", "--do_eval", "--max_steps", "3"),
+    *("--block_size", "64", "--per_device_train_batch_size", "2", "--use_cpu"),
+    *("--report_to", "none"),
+)
+
 CASES = (
+    Case(
+        repository="transformers",
+        path=RUN_CLM,
+        changes=(
+            IMPORT_BOTH,
+            Change(
+                CLM_LOAD,
+                CLM_LOAD_END,
+                (
+                    "        model = peft.get_peft_model(headrace.load("
+                    "model_args.model_name_or_path), "
+                    'peft.LoraConfig(task_type="CAUSAL_LM"))',
+                ),
+            ),
+        ),
+        arguments=CLM_ARGUMENTS,
+        result="tuned/adapter_model.safetensors",
+    ),
+    Case(
+        repository="transformers",
+        path=RUN_CLM,
+        changes=(
+            Change(
+                "import evaluate", "import evaluate", ("import evaluate", "import headrace.optim")
+            ),
+            Change(
+                CLM_LOAD,
+                CLM_LOAD_END,
+                (
+                    "        model = headrace.load("
+                    'model_args.model_name_or_path, train="all", store="store")',
+                ),
+            ),
+            Change(
+                "        args=training_args,",
+                "        args=training_args,",
+                (
+                    "        args=training_args,",
+                    "        optimizers=(headrace.optim.adamw(model, "
+                    "lr=training_args.learning_rate, weight_decay=training_args.weight_decay), "
+                    "None),",
+                ),
+            ),
+        ),
+        arguments=CLM_ARGUMENTS,
+        result="tuned/model.safetensors",
+    ),
     Case(
         repository="peft",
         path="examples/olora_finetuning/olora_finetuning.py",
@@ -81,7 +142,7 @@ CASES = (
         repository="peft",
         path="examples/sequence_classification/peft_no_lora_accelerate.py",
         changes=(
-            Change("import evaluate", "import evaluate", ("import evaluate", "import headrace")),
+            IMPORT,
             Change(
                 "    model = AutoModelForSequenceClassification.from_pretrained(",
                 "    model = AutoModelForSequenceClassification.from_pretrained(",
@@ -205,11 +266,18 @@ def run(case: Case, checkout: Path) -> bool:
 
 
 def main() -> int:
-    """Run all cases."""
+    """Run the cases whose repository was given."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peft", type=Path, metavar="DIR", required=True)
-    checkout = parser.parse_args().peft
-    results = [run(case, checkout) for case in CASES]
+    for repository in ("transformers", "peft"):
+        parser.add_argument(f"--{repository}", type=Path, metavar="DIR")
+    checkouts: dict[str, Path | None] = vars(parser.parse_args())
+    if not any(checkouts.values()):
+        parser.error("give --transformers DIR, --peft DIR or both")
+    results = [
+        run(case, checkout)
+        for case in CASES
+        if (checkout := checkouts[case.repository]) is not None
+    ]
     return 0 if all(results) else 1
 
 
