@@ -53,7 +53,7 @@ class TuneOptions:
 
     Training: ``steps`` or ``epochs`` (neither: one epoch), rows a step ``batch_size``, rows
     through a layer at a time ``micro_batch``, tokens a row ``seq_len``, ``lr`` (None: 2e-4 for
-    LoRA, 2e-5 for full, 3e-5 for zo, 1e-6 for its mezo), ``schedule``, ``warmup`` (steps, or
+    LoRA, 2e-5 for full, 1e-2 for zo, 1e-6 for its mezo), ``schedule``, ``warmup`` (steps, or
     below 1 a fraction of them), ``max_grad_norm`` (None: 1.0, or off for
     ``update="backward"``; 0: off), ``optimizer``, ``weight_decay``, ``master``, ``update``,
     ``seed``.
@@ -168,7 +168,7 @@ class TuneOptions:
         if self.lr is not None:
             return self.lr
         if self.method == "zo":
-            return 1e-6 if self.zo_method == "mezo" else 3e-5
+            return 1e-6 if self.zo_method == "mezo" else 1e-2
         return 2e-4 if self.method == "lora" else 2e-5
 
     @property

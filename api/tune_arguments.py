@@ -63,7 +63,7 @@ def add_tune_arguments(command: argparse.ArgumentParser) -> None:
     _add(training, "batch_size", int, "rows a step")
     _add(training, "micro_batch", int, "rows through a layer at a time")
     _add(training, "seq_len", int, "tokens a row")
-    _add(training, "lr", float, "peak learning rate (default: 2e-4 lora, 2e-5 full, 3e-5 zo)")
+    _add(training, "lr", float, "peak learning rate (default: 2e-4 lora, 2e-5 full, 1e-2 zo)")
     _add(training, "schedule", str, "of the learning rate")
     _add(training, "warmup", float, "steps, or below 1 a fraction of them")
     _add(training, "max_grad_norm", float, "global norm to clip at; 0: off (default: 1)")

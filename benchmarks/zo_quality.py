@@ -53,9 +53,9 @@ PACKAGE, VERSION = "vaderSentiment", "3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 TEMPLATE, WORDS = "{} It was", (" terrible", " great")
 GRIDS = {
-    "MeZO": (1e-6, 5e-6, 2e-5),
-    "recommended": (3e-5, 1e-4, 3e-4),
-    "QZO": (1e-6, 1e-5),
+    "MeZO": (2e-5, 5e-5, 1e-4),
+    "recommended": (1e-2, 3e-2, 1e-1),
+    "QZO": (1e-6, 1e-5, 1e-4),
     "LoRA, first order": (1e-4, 5e-4, 2e-3),
 }
 PARTS = 3  # of a run, with a measurement after each
@@ -247,7 +247,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file, written after every run, continued")
     parser.add_argument("--plot", type=Path, help="PNG of accuracy over forwards")
     parser.add_argument("--quick", action="store_true", help="one seed, few forwards")
-    parser.add_argument("--forwards", type=int, default=None, help="default 180 (quick: 60)")
+    parser.add_argument("--forwards", type=int, default=None, help="default 90 (quick: 60)")
     parser.add_argument("--sweep", type=int, default=None, help="default 60 (quick: 30)")
     parser.add_argument("--seeds", type=int, default=None, help="default 2 (quick: 1)")
     parser.add_argument("--batch", type=int, default=16)
@@ -258,7 +258,7 @@ def main() -> int:
     if given.threads:
         torch.set_num_threads(given.threads)
     quick = given.quick
-    forwards = given.forwards or (60 if quick else 180)
+    forwards = given.forwards or (60 if quick else 90)
     sweep = given.sweep or (30 if quick else 60)
     seeds = given.seeds or (1 if quick else 2)
     task = Task(judged=100 if quick else 300, chosen=100 if quick else 150, longest=14)

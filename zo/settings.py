@@ -86,7 +86,7 @@ class ZOSettings:
         return made
 
 
-def recommended(*, lr: float = 3e-5, eps: float = 1e-3, seed: int = 0) -> ZOSettings:
+def recommended(*, lr: float = 1e-2, eps: float = 1e-3, seed: int = 0) -> ZOSettings:
     """The method to begin with: 15 one-sided rank-1 probes in one forward, scaled steps.
 
     One weight load and one base matmul serve all probes, nothing is written between merges, and
