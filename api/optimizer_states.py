@@ -162,5 +162,5 @@ def read_states(updates: Updates, folder: Path, identity: str) -> None:
 
 def _read_into(file: BufferedReader, entry: TensorEntry, buffer: Tensor) -> None:
     file.seek(entry.offset)
-    if file.readinto(memoryview(buffer.numpy())) != entry.nbytes:
+    if file.readinto(buffer.numpy().data) != entry.nbytes:
         raise SourceError(f"{entry.path}: it ends inside {entry.name!r}; take another checkpoint")
