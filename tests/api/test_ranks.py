@@ -72,7 +72,14 @@ def run(
     return found
 
 
-@pytest.mark.parametrize("mode", ["full", pytest.param("backward", marks=pytest.mark.slow), "lora"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "full",
+        pytest.param("backward", marks=pytest.mark.slow),
+        pytest.param("lora", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_give_the_losses_of_one_with_the_doubled_batch(
     mode: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -103,8 +110,9 @@ def test_a_lost_rank_resumes_where_all_ranks_have_been(
         assert rank["weights"] == whole[0]["weights"]
 
 
-def test_another_number_of_ranks_is_refused(folder: Path, tmp_path: Path) -> None:
-    run("full", 2, folder, tmp_path / "two", 1)
+def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "two" / "rank-0-of-2").mkdir(parents=True)
+    (tmp_path / "two" / "rank-1-of-2").mkdir()
     with pytest.raises(StoreError, match=r"written by 2 ranks and this run has 1"):
         headrace.resume(tmp_path / "two")
 
