@@ -166,9 +166,10 @@ def _write_encoded(model: nn.Module, folder: Path, format: str | Codec) -> None:
                 f"of this model is encoded; name a format, or leave it out"
             )
 
-        def choose(name: str, spec: TensorSpec) -> Codec | None:
+        def same(name: str, spec: TensorSpec) -> Codec | None:
             return codecs.get(name)
 
+        choose: Callable[[str, TensorSpec], Codec | None] = same
     else:
         codec = codec_for_format(format) if isinstance(format, str) else format
         choose = default_choice(codec)
@@ -179,7 +180,10 @@ def _write_encoded(model: nn.Module, folder: Path, format: str | Codec) -> None:
         )
         for chunk, tensor in listed
     ]
-    source = {"model": str(streamed_model_of(model).config._name_or_path), "merged": "adapters"}
+    source = {
+        "model": str(getattr(streamed_model_of(model).config, "_name_or_path", "")),
+        "merged": "adapters",
+    }
     encode_folder(pending, folder, choose=choose, source=source, on_tensor=lambda report: None)
 
 

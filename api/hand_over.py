@@ -23,7 +23,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from headrace.offload.errors import SourceError
 
@@ -185,7 +184,7 @@ def _check_adamw(states: Mapping[str, Tensor]) -> None:
             )
 
 
-def _shared_names(model: PreTrainedModel) -> list[list[str]]:
+def _shared_names(model: nn.Module) -> list[list[str]]:
     """The names of each parameter, those of a tied one together."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Final, final
@@ -192,7 +193,7 @@ def import_states(model: nn.Module, folder: str | Path) -> None:
             buffer = torch.frombuffer(made, dtype=torch.uint8)
             for piece in tile.pieces:
                 _read_piece(training.rule_of(piece.slot.name), piece, buffer, found)
-            updates.states.replace(tile, lambda target, made=buffer: target.copy_(made))
+            updates.states.replace(tile, partial(_fill, buffer))
         updates.resume_at(
             steps=counters["steps"],
             skipped_steps=counters["skipped_steps"],
@@ -203,6 +204,10 @@ def import_states(model: nn.Module, folder: str | Path) -> None:
         restore_resident_states(
             training.optimizer, training.resident(), load_file(resident), str(resident)
         )
+
+
+def _fill(made: Tensor, target: Tensor) -> None:
+    target.copy_(made)
 
 
 def _training_of(model: nn.Module) -> Training:
@@ -263,7 +268,7 @@ def _write_tile(training: Training, tile: Tile, places: Mapping[str, _Place]) ->
         for state, values in piece.state_views(whole).items():
             place = places[f"{piece.slot.name}/{state}"]
             start, _ = _range(rule, piece, state, piece.slot.dtype)
-            data = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+            data = values.contiguous().view(-1).view(torch.uint8).numpy().data
             descriptor = os.open(place.path, os.O_WRONLY | os.O_CLOEXEC)
             try:
                 done = 0
@@ -285,7 +290,7 @@ def _read_piece(
         target = values.view(-1).view(torch.uint8)
         with entry.path.open("rb") as file:
             file.seek(entry.offset + start * values.dtype.itemsize)
-            if file.readinto(target.numpy()) != target.numel():
+            if file.readinto(target.numpy().data) != target.numel():
                 raise SourceError(f"{entry.path}: it ends inside {entry.name!r}")
 
 

@@ -168,7 +168,8 @@ class StreamedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # How torch moves and casts modules, and how wrappers around this one reach it.
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self._runtime.device))
+        kind: Any = self.dtype
+        probe = fn(torch.empty(0, dtype=kind, device=self._runtime.device))
         self._check_move(probe.device, probe.dtype)
         return super()._apply(fn, recurse)
 
@@ -389,7 +390,8 @@ def _state_dict(kind: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _save_pretrained(kind: type[nn.Module]) -> Callable[..., Any]:
-    original: Any = kind.save_pretrained
+    base: Any = kind
+    original = base.save_pretrained
 
     @functools.wraps(original)
     def save_pretrained(
