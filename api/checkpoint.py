@@ -30,9 +30,10 @@ from headrace.offload.chunk import ChunkLayout, Segment
 from headrace.offload.errors import SourceError
 from headrace.offload.source import SafetensorsIndex
 from headrace.offload.transfer import FinishedTransfer, Transfer
+from headrace.quant.shards import DTYPES
 
 from .compatibility import convert_into
-from .native_checkpoint import DTYPES, NativePlan, Piece
+from .native_checkpoint import NativePlan, Piece
 
 
 @final

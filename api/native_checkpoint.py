@@ -44,29 +44,13 @@ from headrace.quant.linear import part_parameter_name
 from headrace.quant.model import declare_weight
 from headrace.quant.mxfp8 import Mxfp8Codec
 from headrace.quant.native_layouts import NativeWeight, StoredTensors, native_weights
+from headrace.quant.shards import DTYPES
 from headrace.quant.spec import TensorSpec
 
 from .encoding_record import METHOD, recorded_weights
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
-
-#: Torch type of every word that safetensors headers use and torch has.
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
 
 Piece = str | Tensor  # a tensor of the shards, by name, or a few bytes that are known already
 

@@ -12,7 +12,6 @@ metadata says which checkpoint it belongs to, so that a file of another step is 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import uuid
@@ -21,12 +20,15 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from headrace.offload.errors import HeadraceError, SourceError
 from headrace.offload.runtime import Runtime
 from headrace.offload.safetensors_header import TensorEntry, read_header
 from headrace.offload.update import Updates
+from headrace.quant.shards import file_layout
+from headrace.quant.spec import TensorSpec
 
 STATES_NAME = "headrace_optimizer.safetensors"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")  # how transformers names them
@@ -107,22 +109,12 @@ def write_states(updates: Updates, folder: Path, identity: str) -> None:
     updates.flush()
     states = updates.states
     tiles = [tile for _, tile in states.tiles() if states.exists(tile)]
-    header: dict[str, object] = {"__metadata__": {"headrace": identity}}
-    end = 0
-    for tile in tiles:
-        header[tile.region] = {
-            "dtype": "U8",
-            "shape": [tile.nbytes],
-            "data_offsets": [end, end + tile.nbytes],
-        }
-        end += tile.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    specs = {tile.region: TensorSpec((tile.nbytes,), torch.uint8) for tile in tiles}
+    header, _, _ = file_layout(specs, {"headrace": identity})
     unfinished = folder / f".{STATES_NAME}.partial"
     try:
         with unfinished.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
+            file.write(header)
             for tile in tiles:
                 file.write(states.read(tile))
             file.flush()

@@ -40,16 +40,17 @@ def written_whole(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in sorted(partial.rglob("*"), reverse=True):
-            _flush(path)
-        _flush(partial)
+            flush(path)
+        flush(partial)
         os.rename(partial, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     finally:
         if partial.exists():
             shutil.rmtree(partial)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Make a file, or a folder's entries, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -30,12 +30,14 @@ from headrace.offload.errors import SourceError
 from headrace.offload.protocols import UpdateRule
 from headrace.offload.safetensors_header import TensorEntry, read_header
 from headrace.offload.strict_json import parse_json
+from headrace.quant.shards import DTYPES, file_layout, tensor_bytes, write_at
+from headrace.quant.spec import TensorSpec
 
 from .errors import InputError
 from .exporting import streamed_model_of
 from .pretrained import begin_reading
 from .run_state import hyper_parameters, resident_states, restore_resident_states
-from .saving import check_new_folder
+from .saving import check_new_folder, flush
 from .streamed_model import runtime_of
 from .training import Training
 
@@ -44,33 +46,17 @@ RESIDENT_NAME: Final = "resident.safetensors"
 VERSION: Final = 1
 #: What follows from the weights: made anew where a folder lacks it.
 _FROM_WEIGHTS: Final = frozenset({"master", "remainder"})
-_NAMES: Final[Mapping[torch.dtype, str]] = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
+_WORDS: Final = {dtype: word for word, dtype in DTYPES.items()}
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where one state of one parameter lies in a folder; ``elements`` of it precede ``start``."""
+    """Where one state of one parameter lies in a folder."""
 
     path: Path
-    shape: tuple[int, ...]
     dtype: torch.dtype
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+    offset: int  # bytes from the start of the file
 
 
 def _range(rule: UpdateRule, piece: Piece, state: str, dtype: torch.dtype) -> tuple[int, int]:
@@ -82,13 +68,14 @@ def _range(rule: UpdateRule, piece: Piece, state: str, dtype: torch.dtype) -> tu
     return before, until
 
 
-def _whole(rule: UpdateRule, slot: Slot) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _whole(rule: UpdateRule, slot: Slot) -> dict[str, TensorSpec]:
     """Shape and dtype of every state of a whole parameter, as the folder has them."""
     shape = (slot.numel,) if rule.elementwise else tuple(slot.shape)
     states = {}
     for name, spec in rule.state_spec(shape, slot.dtype).items():
         like_weight = prod(spec.shape) == slot.numel
-        states[name] = (tuple(slot.shape) if like_weight else tuple(spec.shape), spec.dtype)
+        shape_there = tuple(slot.shape) if like_weight else tuple(spec.shape)
+        states[name] = TensorSpec(shape_there, spec.dtype)
     return states
 
 
@@ -126,10 +113,10 @@ def export_states(model: nn.Module, folder: str | Path) -> None:
         places: dict[str, _Place] = {}
         for number, (chunk, slots) in enumerate(training.trained_slots().items()):
             path = partial / f"chunk-{number:05d}.safetensors"
-            header, of_chunk = _plan(path, {s: training.rule_of(s.name) for s in slots})
-            places.update(of_chunk)
+            rules = {slot: training.rule_of(slot.name) for slot in slots}
+            places.update(_places(path, rules))
             if first:
-                _make_file(path, header, of_chunk, chunk)
+                _make_file(path, rules, chunk)
         _meet(training)
         if training.updates is not None:
             begin_reading(runtime_of(model))
@@ -141,9 +128,9 @@ def export_states(model: nn.Module, folder: str | Path) -> None:
         if first:
             _write_small(training, partial)
             for path in (*partial.iterdir(), partial):
-                _sync(path)
+                flush(path)
             os.rename(partial, target)
-            _sync(target.parent)
+            flush(target.parent)
     finally:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -225,30 +212,9 @@ def _meet(training: Training) -> None:
         training.ranks.wait_for_all()
 
 
-def _plan(path: Path, rules: Mapping[Slot, UpdateRule]) -> tuple[bytes, dict[str, _Place]]:
-    """The header of a chunk's file, and where in the file each state will lie."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    ends: list[tuple[str, tuple[int, ...], torch.dtype, int]] = []
-    end = 0
-    for slot, rule in rules.items():
-        for state, (shape, dtype) in _whole(rule, slot).items():
-            key, nbytes = f"{slot.name}/{state}", prod(shape) * dtype.itemsize
-            header[key] = {
-                "dtype": _NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [end, end + nbytes],
-            }
-            ends.append((key, shape, dtype, end))
-            end += nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    places = {k: _Place(path, shape, dtype, start + at) for k, shape, dtype, at in ends}
-    return len(text).to_bytes(8, "little") + text, places
-
-
-def _make_file(path: Path, header: bytes, places: Mapping[str, _Place], chunk: str) -> None:
-    nbytes = len(header) + sum(place.nbytes for place in places.values())
+def _make_file(path: Path, rules: Mapping[Slot, UpdateRule], chunk: str) -> None:
+    """A chunk's file with its header and all its length, and nothing in it yet."""
+    header, _, nbytes = file_layout(_specs(rules), {"format": "pt"})
     with path.open("wb") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, nbytes)
@@ -260,6 +226,20 @@ def _make_file(path: Path, header: bytes, places: Mapping[str, _Place], chunk: s
         file.write(header)
 
 
+def _places(path: Path, rules: Mapping[Slot, UpdateRule]) -> dict[str, _Place]:
+    """Where in a chunk's file each state lies; the same in every rank."""
+    _, stored, _ = file_layout(_specs(rules), {"format": "pt"})
+    return {key: _Place(path, at.spec.dtype, at.offset_bytes) for key, at in stored.items()}
+
+
+def _specs(rules: Mapping[Slot, UpdateRule]) -> dict[str, TensorSpec]:
+    return {
+        f"{slot.name}/{state}": spec
+        for slot, rule in rules.items()
+        for state, spec in _whole(rule, slot).items()
+    }
+
+
 def _write_tile(training: Training, tile: Tile, places: Mapping[str, _Place]) -> None:
     assert training.updates is not None
     whole = torch.frombuffer(training.updates.states.read(tile), dtype=torch.uint8)
@@ -268,13 +248,10 @@ def _write_tile(training: Training, tile: Tile, places: Mapping[str, _Place]) ->
         for state, values in piece.state_views(whole).items():
             place = places[f"{piece.slot.name}/{state}"]
             start, _ = _range(rule, piece, state, piece.slot.dtype)
-            data = values.contiguous().view(-1).view(torch.uint8).numpy().data
             descriptor = os.open(place.path, os.O_WRONLY | os.O_CLOEXEC)
             try:
-                done = 0
-                while done < len(data):
-                    at = place.offset + start * place.dtype.itemsize + done
-                    done += os.pwrite(descriptor, data[done:], at)
+                at = place.offset + start * place.dtype.itemsize
+                write_at(descriptor, tensor_bytes(values), at)
             finally:
                 os.close(descriptor)
 
@@ -295,12 +272,10 @@ def _read_piece(
 
 
 def _check(training: Training, source: Path, found: Mapping[str, TensorEntry]) -> None:
-    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    wanted: dict[str, TensorSpec] = {}
     for slots in training.trained_slots().values():
-        for slot in slots:
-            for state, spec in _whole(training.rule_of(slot.name), slot).items():
-                wanted[f"{slot.name}/{state}"] = spec
-    for key, (shape, dtype) in wanted.items():
+        wanted.update(_specs({slot: training.rule_of(slot.name) for slot in slots}))
+    for key, spec in wanted.items():
         entry = found.get(key)
         if entry is None:
             if key.rpartition("/")[2] in _FROM_WEIGHTS:
@@ -309,10 +284,11 @@ def _check(training: Training, source: Path, found: Mapping[str, TensorEntry]) -
                 f"{source}: it lacks the state {key!r}, which this optimizer needs. Use the "
                 f"recipe and the trainable parameters of the run that wrote it."
             )
-        if (entry.shape, entry.dtype) != (shape, _NAMES[dtype]):
+        if (entry.shape, entry.dtype) != (spec.shape, _WORDS[spec.dtype]):
             raise SourceError(
                 f"{entry.path}: {key!r} is {entry.dtype} of shape {entry.shape}, this optimizer "
-                f"needs {_NAMES[dtype]} of {shape}. Use the recipe of the run that wrote it."
+                f"needs {_WORDS[spec.dtype]} of {spec.shape}. Use the recipe of the run "
+                f"that wrote it."
             )
     unknown = sorted(found.keys() - wanted.keys())
     if unknown:
@@ -358,11 +334,3 @@ def _read_counters(path: Path) -> dict[str, Any]:
     ):
         raise SourceError(f"{path}: it is not a list of states of version {VERSION}")
     return body
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

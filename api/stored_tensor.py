@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from headrace.offload.stand_in import METADATA
+
 
 @final
 class StoredTensor(Tensor):
@@ -93,31 +95,20 @@ _ADDRESSES = frozenset(
     }
 )
 
-_FREE = frozenset(
-    {
-        Tensor.shape.__get__,  # type: ignore[attr-defined]
-        Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        Tensor.device.__get__,  # type: ignore[attr-defined]
-        Tensor.layout.__get__,  # type: ignore[attr-defined]
-        Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
-        Tensor.is_quantized.__get__,  # type: ignore[attr-defined]
-        Tensor.is_meta.__get__,  # type: ignore[attr-defined]
-        Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-        Tensor.grad_fn.__get__,  # type: ignore[attr-defined,union-attr]
-        Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
-        Tensor.ndim.__get__,  # type: ignore[attr-defined]
-        Tensor.nbytes.__get__,  # type: ignore[attr-defined]
-        Tensor.itemsize.__get__,  # type: ignore[attr-defined]
-        Tensor.is_floating_point,
-        Tensor.is_complex,
-        Tensor.is_contiguous,
-        Tensor.size,
-        Tensor.stride,
-        Tensor.dim,
-        Tensor.numel,
-        Tensor.nelement,
-        Tensor.element_size,
-        Tensor.__len__,
-        Tensor.__hash__,
-    }
-)
+_FREE = METADATA | {
+    Tensor.layout.__get__,  # type: ignore[attr-defined]
+    Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
+    Tensor.is_quantized.__get__,  # type: ignore[attr-defined]
+    Tensor.is_meta.__get__,  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__,  # type: ignore[attr-defined,union-attr]
+    Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
+    Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    Tensor.nbytes.__get__,  # type: ignore[attr-defined]
+    Tensor.itemsize.__get__,  # type: ignore[attr-defined]
+    Tensor.is_complex,
+    Tensor.is_contiguous,
+    Tensor.stride,
+    Tensor.nelement,
+    Tensor.__len__,
+    Tensor.__hash__,
+}

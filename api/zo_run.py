@@ -9,10 +9,11 @@ instant.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from headrace.quant.shards import write_json
 
 from .errors import InputError
 from .run_memory import rows_digest
@@ -49,17 +50,7 @@ def create_run(
         "rows": rows_digest(rows),
         "measured": dict(measured),
     }
-    draft = folder / f".{RUN_NAME}.new"
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, folder / RUN_NAME)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_json(folder / RUN_NAME, record)
 
 
 def check_plain(model: nn.Module, base: str, advice: str) -> None:

@@ -147,6 +147,10 @@ class Piece:
             for name, shape, dtype, offset in self.states
         }
 
+    def part(self, whole: Tensor, rule: UpdateRule) -> Tensor:
+        """What ``rule`` gets of a tensor of the slot's shape: its range, flat, or all of it."""
+        return whole.view(-1)[self.start : self.stop] if rule.elementwise else whole
+
 
 @final
 @dataclass(frozen=True, slots=True)

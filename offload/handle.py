@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedModelError
+from .stand_in import METADATA
 
 
 @final
@@ -105,7 +106,7 @@ class GradientHandle(Tensor):
             return None
         if func in (Tensor.detach, Tensor.detach_):
             return args[0]
-        if func in _METADATA:
+        if func in _FREE:
             return super().__torch_function__(func, types, args, kwargs)
         raise _unreadable(func, args)
 
@@ -118,20 +119,9 @@ def _unreadable(func: Callable[..., Any], args: tuple[Any, ...]) -> UnsupportedM
     )
 
 
-_METADATA = frozenset(
-    {
-        Tensor.shape.__get__,  # type: ignore[attr-defined]
-        Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        Tensor.device.__get__,  # type: ignore[attr-defined]
-        Tensor.layout.__get__,  # type: ignore[attr-defined]
-        Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
-        Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
-        Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-        Tensor.grad_fn.__get__,  # type: ignore[attr-defined,union-attr]
-        Tensor.is_floating_point,
-        Tensor.size,
-        Tensor.dim,
-        Tensor.numel,
-        Tensor.element_size,
-    }
-)
+_FREE = METADATA | {
+    Tensor.layout.__get__,  # type: ignore[attr-defined]
+    Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__,  # type: ignore[attr-defined,union-attr]
+}

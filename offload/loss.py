@@ -27,6 +27,7 @@ from .errors import UnsupportedModelError
 from .layer import RandomState, streamed_forward
 from .runtime import Runtime
 from .schedule import Phase
+from .stand_in import METADATA
 from .timeline import LaneName
 from .workspace import LOGIT_BYTES
 
@@ -115,7 +116,7 @@ class LazyLogits(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _FREE:
+        if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs)
         others = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, Tensor)]
         if func in _POINTWISE and args and isinstance(args[0], LazyLogits) and not others:
@@ -140,21 +141,6 @@ class LazyLogits(Tensor):
             k: v.materialize() if isinstance(v, LazyLogits) else v for k, v in kwargs.items()
         }
         return func(*real, **real_kwargs)
-
-
-_FREE = frozenset(
-    {
-        Tensor.shape.__get__,  # type: ignore[attr-defined]
-        Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        Tensor.device.__get__,  # type: ignore[attr-defined]
-        Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-        Tensor.is_floating_point,
-        Tensor.size,
-        Tensor.dim,
-        Tensor.numel,
-        Tensor.element_size,
-    }
-)
 
 
 def _selects_everything(index: Any) -> bool:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .chunk import ChunkLayout, Slot, Tile
+from .chunk import SLOT_ALIGNMENT_BYTES, ChunkLayout, Slot, Tile
 from .gradient import HostGradient
 
 
@@ -62,8 +62,9 @@ def shares_of(tiles: Sequence[Tile], owners: Sequence[int], layout: ChunkLayout)
             if start == stop:
                 continue
             last = shares[-1] if shares else None
+            gap = start - last.stop if last is not None and last.owner == owner else -1
             # Across the padding between two slots: it is nobody's, and may be sent along.
-            if last is not None and last.owner == owner and 0 <= start - last.stop < 64:
+            if last is not None and 0 <= gap < SLOT_ALIGNMENT_BYTES:
                 shares[-1] = Share(owner, last.start, stop)
             else:
                 shares.append(Share(owner, start, stop))
@@ -182,7 +183,7 @@ def _runs_of_one_dtype(slots: Sequence[Slot]) -> list[list[Slot]]:
         joined = (
             last is not None
             and last.dtype == slot.dtype
-            and 0 <= slot.offset - (last.offset + last.nbytes) < 64
+            and 0 <= slot.offset - (last.offset + last.nbytes) < SLOT_ALIGNMENT_BYTES
         )
         if joined:
             runs[-1].append(slot)

@@ -254,9 +254,7 @@ class Updates:
                 buffer.zero_()
                 for piece in tile.pieces:
                     rule = self._slot_update(piece.slot.name)[0]
-                    weight = weights[piece.slot.name]
-                    if rule.elementwise:
-                        weight = weight.view(-1)[piece.start : piece.stop]
+                    weight = piece.part(weights[piece.slot.name], rule)
                     rule.init_states(weight, piece.state_views(buffer))
 
             self._states.replace(tile, fill)
@@ -467,19 +465,14 @@ class Updates:
             with timeline.span(LaneName.UPDATE, tile.region, tile.nbytes):
                 for piece in tile.pieces:
                     name = piece.slot.name
-                    weight, views = weights[name].view(buffer), piece.state_views(states)
-                    rule = updates[name].rule if name in updates else None
-                    if rule is None:
-                        rule = self._slot_update(name)[0]
-                    if rule.elementwise:
-                        weight = weight.view(-1)[piece.start : piece.stop]
+                    rule = updates[name].rule if name in updates else self._slot_update(name)[0]
+                    weight = piece.part(weights[name].view(buffer), rule)
+                    views = piece.state_views(states)
                     if fresh:
                         rule.init_states(weight, views)
                     if name not in updates:
                         continue
-                    grad = gradients[name]
-                    if rule.elementwise:
-                        grad = grad.view(-1)[piece.start : piece.stop]
+                    grad = piece.part(gradients[name], rule)
                     u = updates[name]
                     if u.factor is not None:
                         grad.mul_(u.factor)

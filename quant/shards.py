@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .spec import TensorSpec
 
-_DTYPES: Final[dict[str, torch.dtype]] = {
+#: Torch type of every word that safetensors headers use and torch has.
+DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -94,7 +95,7 @@ class ShardWriter:
     ) -> None:
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
-        self._header, self._tensors, self._file_bytes = _layout(specs, metadata)
+        self._header, self._tensors, self._file_bytes = file_layout(specs, metadata)
         self._checksums: dict[str, str] = {}
         self._descriptor = -1
 
@@ -103,7 +104,7 @@ class ShardWriter:
         self._descriptor = os.open(self._partial, flags, 0o644)
         try:
             os.posix_fallocate(self._descriptor, 0, max(self._file_bytes, 1))
-            self._write(memoryview(self._header), 0)
+            write_at(self._descriptor, memoryview(self._header), 0)
         except BaseException:
             self._abandon()
             raise
@@ -118,7 +119,7 @@ class ShardWriter:
                 f"header of {self._path} says {stored.spec.shape} and {stored.spec.dtype}"
             )
         data = tensor_bytes(tensor)
-        self._write(data, stored.offset_bytes)
+        write_at(self._descriptor, data, stored.offset_bytes)
         self._checksums[name] = digest = xxhash.xxh3_128_hexdigest(data)
         return digest
 
@@ -136,11 +137,6 @@ class ShardWriter:
         os.rename(self._partial, self._path)
         sync_folder(self._path.parent)
 
-    def _write(self, data: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._descriptor, data[done:], offset + done)
-
     def _abandon(self) -> None:
         os.close(self._descriptor)
         self._partial.unlink(missing_ok=True)
@@ -150,6 +146,13 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a CPU tensor without copying a contiguous one."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` from ``offset`` on."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
 
 
 def checksum(tensor: Tensor) -> str:
@@ -181,11 +184,11 @@ def write_json(path: Path, content: object) -> None:
     sync_folder(path.parent)
 
 
-def _layout(
+def file_layout(
     specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, StoredTensor], int]:
     """Return header bytes, places and file size; wide types first, so that all are aligned."""
-    words = {dtype: word for word, dtype in _DTYPES.items()}
+    words = {dtype: word for word, dtype in DTYPES.items()}
     order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)  # stable
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     cursor = 0
@@ -231,7 +234,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         if name == "__metadata__":
             continue
         try:
-            dtype = _DTYPES[entry["dtype"]]
+            dtype = DTYPES[entry["dtype"]]
             shape = entry["shape"]
             begin, end = entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:

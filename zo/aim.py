@@ -124,14 +124,6 @@ class ActivationSubspace(Factored):
     def open_window(self, place: Place, seed: int) -> ActivationWindow:
         return ActivationWindow(self, place)
 
-    def check(self, *, directions: int, weight_decay: float) -> None:
-        Factored.check(self, directions=directions, weight_decay=weight_decay)
-        if directions != self.directions:
-            raise ValueError(
-                f"ActivationSubspace has {self.directions} directions, the estimator probes "
-                f"{directions}; give both the same number"
-            )
-
 
 @final
 class ActivationWindow(Window):

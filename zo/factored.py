@@ -53,6 +53,8 @@ class Window(ABC):
 class Factored(Directions):
     """Directions that are ``A R^T`` with R fixed for a window of steps."""
 
+    directions: int  # how many of them a step probes
+
     @property
     @abstractmethod
     def window_steps(self) -> int:
@@ -76,6 +78,11 @@ class Factored(Directions):
             )
         if self.window_steps < 1:
             raise ValueError(f"window_steps must be positive, got {self.window_steps}")
+        if directions != self.directions:
+            raise ValueError(
+                f"{type(self).__name__} has factors for {self.directions} directions, the "
+                f"estimator probes {directions}; give both the same number"
+            )
 
 
 @final

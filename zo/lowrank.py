@@ -55,14 +55,6 @@ class LowRank(Factored):
     def open_window(self, place: Place, seed: int) -> LowRankWindow:
         return LowRankWindow(self, place, seed)
 
-    def check(self, *, directions: int, weight_decay: float) -> None:
-        Factored.check(self, directions=directions, weight_decay=weight_decay)
-        if directions != self.directions:
-            raise ValueError(
-                f"LowRank has factors for {self.directions} directions, the estimator probes "
-                f"{directions}; give both the same number"
-            )
-
 
 @final
 class LowRankWindow(Window):

@@ -74,14 +74,6 @@ class RandomSubspace(Factored):
     def open_window(self, place: Place, seed: int) -> SubspaceWindow:
         return SubspaceWindow(self, place, seed)
 
-    def check(self, *, directions: int, weight_decay: float) -> None:
-        Factored.check(self, directions=directions, weight_decay=weight_decay)
-        if directions != self.directions:
-            raise ValueError(
-                f"RandomSubspace has {self.directions} directions, the estimator probes "
-                f"{directions}; give both the same number"
-            )
-
 
 @final
 class SubspaceWindow(Window):
