@@ -21,7 +21,13 @@ from .faults import Operation
 from .files import DirectFile
 from .io import DiskLanes, Part
 from .pool import PAGE_BYTES, round_up
-from .safetensors_header import ShardHeader, TensorEntry, read_header, read_shard_map
+from .safetensors_header import (
+    DTYPE_BITS,
+    ShardHeader,
+    TensorEntry,
+    read_header,
+    read_shard_map,
+)
 from .transfer import FinishedTransfer, Transfer
 
 __all__ = ["ReadPlan", "SafetensorsIndex", "TensorEntry"]
@@ -30,7 +36,6 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # Reading this much too much is cheaper than a request of its own.
 _MAX_GAP_BYTES = 64 << 10
-VIEW_ALIGNMENT_BYTES = 8
 
 
 @final
@@ -160,7 +165,7 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """A tensor whose place in the file is off the 8-byte grid, moved onto it after the read."""
+    """A tensor that begins inside an element of its type, moved behind the rest after the read."""
 
     source: int
     target: int
@@ -171,9 +176,10 @@ class _Move:
 class ReadPlan:
     """How a list of tensors is read into one slab of ``nbytes`` bytes.
 
-    ``offsets[name]`` is the tensor's first byte in the slab, a multiple of 8.  Tensors that lie
-    next to each other are read together; a slab holds their pages and at most 64 KiB of
-    neighbours between two of them.
+    ``offsets[name]`` is the tensor's first byte in the slab, a multiple of its element's size, as
+    views need it.  Tensors that lie next to each other are read together; a slab holds their pages
+    and at most 64 KiB of neighbours between two of them.  Only a tensor whose file breaks that
+    rule (safetensors' own writers keep it) is held twice.
     """
 
     def __init__(self, index: SafetensorsIndex, names: Sequence[str], *, lanes: DiskLanes) -> None:
@@ -188,9 +194,12 @@ class ReadPlan:
         offsets, moves = {}, []
         for entry in entries:
             offset = self._offset_of(entry) if entry.nbytes else 0
-            if offset % VIEW_ALIGNMENT_BYTES:
+            # A 4-bit folder's codes often lie behind an odd number of fp32 numbers: a wider grid
+            # than their own would move, and so hold twice, nearly all bytes of a chunk.
+            if offset % _element_bytes(entry):
+                end = round_up(end, _element_bytes(entry))
                 moves.append(_Move(offset, end, entry.nbytes))
-                offset, end = end, end + round_up(entry.nbytes, VIEW_ALIGNMENT_BYTES)
+                offset, end = end, end + entry.nbytes
             offsets[entry.name] = offset
         self.offsets: Mapping[str, int] = MappingProxyType(offsets)
         self.nbytes = round_up(end)
@@ -228,6 +237,10 @@ class ReadPlan:
         if self._moves:
             hook = partial(_move_all, view, self._moves, then)
         return self._lanes.transfer_parts(Operation.READ, parts, label=label, hook=hook)
+
+
+def _element_bytes(entry: TensorEntry) -> int:
+    return max(DTYPE_BITS[entry.dtype] // 8, 1)
 
 
 def _coalesced(entries: Sequence[TensorEntry]) -> Iterator[_Range]:

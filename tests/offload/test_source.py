@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,7 @@ def read_all(index: SafetensorsIndex, names: list[str], lanes: DiskLanes) -> dic
     found = {}
     for name in names:
         offset, nbytes = plan.offsets[name], index[name].nbytes
-        assert offset % 8 == 0
+        assert offset % DTYPES[index[name].dtype].itemsize == 0
         assert offset + nbytes <= plan.nbytes
         found[name] = bytes(slab.view[offset : offset + nbytes])
     pool.release(slab)
@@ -108,8 +109,6 @@ def test_any_choice_of_tensors_of_any_size(
 
 
 def _shards(folder: Path) -> dict[str, Tensor]:
-    import json
-
     tensors = {f"layers.{i}.weight": tensor(torch.bfloat16, (300, 70), i) for i in range(6)}
     weight_map = {}
     for shard in range(3):
@@ -157,6 +156,51 @@ def test_neighbours_are_read_together_and_strangers_are_not(tmp_path: Path) -> N
         assert all(call.offset % 4096 == 0 for call in reads)
         plan = ReadPlan(index, ["t1", "t2", "t3", "t7"], lanes=lanes)
         assert 800_000 <= plan.nbytes <= 800_000 + 4 * 4096
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A shard whose tensors follow each other in the given order, whatever their alignment."""
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    entries, cursor = {}, 0
+    for name, value in tensors.items():
+        entries[name] = {
+            "dtype": words[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [cursor, cursor + value.nbytes],
+        }
+        cursor += value.nbytes
+    header = json.dumps(entries).encode()
+    header = header.ljust(-(-(8 + len(header)) // 4096) * 4096 - 8)
+    data = b"".join(bits(value) for value in tensors.values())
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+def test_codes_behind_an_odd_number_of_scalars_are_held_once(
+    tmp_path: Path, lanes: DiskLanes
+) -> None:
+    """The order of an encoded folder: wide numbers first, then the bytes, 4 off the 8-byte grid."""
+    tensors = {
+        "nested_offset": tensor(torch.float32, ()),
+        "codes": tensor(torch.uint8, (1_000_001,), 1),
+        "absmax": tensor(torch.uint8, (20_000,), 2),
+    }
+    write_shard(tmp_path / "model.safetensors", tensors)
+    with SafetensorsIndex.open(tmp_path) as index:
+        plan = ReadPlan(index, list(tensors), lanes=lanes)
+        assert plan.nbytes == plan.read_bytes <= index.nbytes + 2 * 4096
+        assert read_all(index, list(tensors), lanes) == {n: bits(t) for n, t in tensors.items()}
+
+
+def test_a_tensor_that_begins_inside_an_element_is_moved(tmp_path: Path, lanes: DiskLanes) -> None:
+    tensors = {
+        "odd": tensor(torch.uint8, (3,)),
+        "wide": tensor(torch.float64, (500,), 1),
+        "half": tensor(torch.bfloat16, (7,), 2),
+        "single": tensor(torch.float32, (90,), 3),
+    }
+    write_shard(tmp_path / "model.safetensors", tensors)
+    with SafetensorsIndex.open(tmp_path) as index:
+        assert read_all(index, list(tensors), lanes) == {n: bits(t) for n, t in tensors.items()}
 
 
 def test_a_plan_without_bytes_reads_nothing(tmp_path: Path, lanes: DiskLanes) -> None:
