@@ -212,7 +212,8 @@ class CudaLanes(DeviceLanes):
                 target[s.target : s.target + s.nbytes].copy_(
                     source[s.source : s.source + s.nbytes], non_blocking=True
                 )
-            event = torch.cuda.Event()
+            # Blocking: the lane's thread sleeps on it below instead of spinning on a core.
+            event = torch.cuda.Event(blocking=True)
             event.record(stream)
         issued(event)
         # The lane's thread waits, so that `finished` means what it says; the wait releases the
