@@ -73,6 +73,8 @@ class SavedStates:
             "skipped_steps": updates.skipped_steps,
             "moment": moment,
             "folder": None if folder is None else str(folder),
+            # A project that is moved as a whole, and run from its new place, finds it by this.
+            "folder_from_here": None if folder is None else os.path.relpath(folder),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
@@ -87,14 +89,7 @@ class SavedStates:
                 "folder named checkpoint-N before optimizer.state_dict(), as the Trainer does; "
                 "after headrace.resume(store) the states are there without loading."
             )
-        folder = Path(state["folder"])
-        if not (folder / STATES_NAME).is_file():
-            raise HeadraceError(
-                f"the optimizer states of this checkpoint were written to {folder / STATES_NAME}, "
-                f"which is not there. Put the checkpoint back in that place, or resume the run "
-                f"from its store with headrace.resume."
-            )
-        read_states(updates, folder, state["moment"])
+        read_states(updates, _folder_of(state), state["moment"])
         self._loads += 1
         updates.resume_at(
             steps=state["steps"],
@@ -102,6 +97,20 @@ class SavedStates:
             slot_steps=state["slot_steps"],
         )
         return True
+
+
+def _folder_of(state: dict[str, Any]) -> Path:
+    """Where the states of a checkpoint are: where they were written, or moved with the project."""
+    written = Path(state["folder"])
+    for folder in (written, Path(state.get("folder_from_here", written)).absolute()):
+        if (folder / STATES_NAME).is_file():
+            return folder
+    raise HeadraceError(
+        f"the optimizer states of this checkpoint were written to {written / STATES_NAME}, which "
+        f"is not there. Put the checkpoint back in that place, run from a folder that it has the "
+        f"same path from as before ({state.get('folder_from_here', written)}), or resume the run "
+        f"from its store with headrace.resume."
+    )
 
 
 def write_states(updates: Updates, folder: Path, identity: str) -> None:

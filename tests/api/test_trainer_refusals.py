@@ -214,6 +214,27 @@ def test_an_optimizer_state_that_was_left_behind_is_refused(trained: Any, tmp_pa
         optimizer.load_state_dict(state)
 
 
+def test_a_checkpoint_moves_with_its_project(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    monkeypatch.chdir(old)
+    optimizer = adamw(trained, lr=1e-2)
+    step(trained, optimizer)
+    trained.save_pretrained("out/checkpoint-1")
+    state = optimizer.state_dict()
+    step(trained, optimizer)
+    old.rename(new)
+    monkeypatch.chdir(new)
+    optimizer.load_state_dict(state)
+    assert headrace.statistics(trained).steps == 1
+    step(trained, optimizer)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HeadraceError, match="Put the checkpoint back"):
+        optimizer.load_state_dict(state)
+
+
 def test_states_return_to_what_a_checkpoint_had(trained: Any, tmp_path: Path) -> None:
     optimizer = adamw(trained, lr=1e-2)
     trained.save_pretrained(tmp_path / "checkpoint-0")
