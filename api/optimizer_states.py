@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
+import warnings
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -38,8 +39,9 @@ _CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")  # how transformers names them
 class SavedStates:
     """What ``optimizer.state_dict()`` says of the states of streamed parameters."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, *, rank_count: int = 1) -> None:
         self._runtime = runtime
+        self._rank_count = rank_count
         self._process = uuid.uuid4().hex
         self._loads = 0
         self._folder: tuple[Path, str] | None = None  # where the model was saved, and when
@@ -62,7 +64,16 @@ class SavedStates:
         if updates is None:
             return {"slot_steps": {}}
         moment, folder = self._moment(), None
-        if self._folder is not None and self._folder[1] == moment and self._folder[0].is_dir():
+        saved = self._folder is not None and self._folder[1] == moment
+        if self._folder is not None and saved and self._rank_count > 1:
+            # The Trainer asks the first rank alone, which has a part of the states.
+            warnings.warn(
+                f"{self._folder[0]} holds the weights and not the optimizer states, which are "
+                f"divided among {self._rank_count} ranks. They are in the store at every step: go "
+                f"on with headrace.resume, or call headrace.export_states in every rank.",
+                stacklevel=2,
+            )
+        elif self._folder is not None and saved and self._folder[0].is_dir():
             folder = self._folder[0]
             if self._written != self._folder:
                 write_states(updates, folder, moment)
@@ -82,6 +93,12 @@ class SavedStates:
         updates = self._runtime.updates
         if updates is None or state["moment"] == self._moment():
             return False
+        if state["folder"] is None and self._rank_count > 1:
+            raise HeadraceError(
+                f"this checkpoint has no optimizer states: they are divided among "
+                f"{self._rank_count} ranks, and in the store at every step. Go on with "
+                f"headrace.resume(store), and without resume_from_checkpoint."
+            )
         if state["folder"] is None:
             raise HeadraceError(
                 "this optimizer state dict only says when it was made: the states of streamed "

@@ -89,7 +89,7 @@ class Training:
         self._resident_steps = 0
         self._rules: Mapping[str, UpdateRule] = {}
         self._layouts_bound: dict[str, ChunkLayout] = {}
-        self.saved = SavedStates(runtime)
+        self.saved = SavedStates(runtime, rank_count=1 if ranks is None else ranks.count)
 
     # Binding
 

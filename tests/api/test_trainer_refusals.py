@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import headrace
 from headrace.offload.errors import HeadraceError
 from headrace.optim import adamw
+from headrace.optimizer_states import SavedStates
 
 
 @pytest.fixture
@@ -233,6 +234,23 @@ def test_a_checkpoint_moves_with_its_project(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(HeadraceError, match="Put the checkpoint back"):
         optimizer.load_state_dict(state)
+
+
+def test_a_checkpoint_of_one_rank_of_several_says_what_it_lacks(
+    trained: Any, tmp_path: Path
+) -> None:
+    optimizer = adamw(trained, lr=1e-2)
+    step(trained, optimizer)
+    saved = SavedStates(headrace.runtime_of(trained), rank_count=2)
+    saved.model_was_saved(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.warns(UserWarning, match="divided among 2 ranks"):
+        state = saved.state_dict()
+    assert not any((tmp_path / "checkpoint-1").iterdir())
+    assert not saved.load_state_dict(state)  # nothing has changed since
+    step(trained, optimizer)
+    with pytest.raises(HeadraceError, match="divided among 2 ranks"):
+        saved.load_state_dict(state)
 
 
 def test_states_return_to_what_a_checkpoint_had(trained: Any, tmp_path: Path) -> None:
