@@ -8,6 +8,7 @@ import torch
 from headrace.quant.eora import eora
 from headrace.quant.fp8 import Fp8Codec
 from headrace.quant.gptq import InputMoments, gptq, output_error
+from headrace.quant.gptq_refine import free_block_width
 from headrace.quant.hqq import hqq
 from headrace.quant.int4_group import Int4GroupCodec
 from headrace.quant.int8_rowwise import Int8RowwiseCodec
@@ -45,10 +46,10 @@ def decibels(ratio):
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-@pytest.mark.parametrize("by_importance", [True, False])
-def test_gptq_beats_rounding_to_nearest_on_the_output(codec, by_importance):
+@pytest.mark.parametrize(("by_importance", "refinements"), [(True, 0), (False, 0), (True, 2)])
+def test_gptq_beats_rounding_to_nearest_on_the_output(codec, by_importance, refinements):
     weight, x, moments = problem()
-    result = gptq(weight, moments, codec, by_importance=by_importance)
+    result = gptq(weight, moments, codec, by_importance=by_importance, refinements=refinements)
     shape = tuple(weight.shape)
     nearest = codec.decode(codec.encode(weight), shape)
     decoded = codec.decode(result.parts, shape)
@@ -63,13 +64,48 @@ def test_gptq_beats_rounding_to_nearest_on_the_output(codec, by_importance):
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 def test_gptq_without_correlation_is_rounding_to_nearest(codec):
     weight, _, _ = problem()
-    result = gptq(weight, torch.eye(256), codec)
+    result = gptq(weight, torch.eye(256), codec, refinements=0)
     nearest = codec.decode(codec.encode(weight), (96, 256))
     decoded = codec.decode(result.parts, (96, 256))
     # The same codes, but for values near a midpoint: GPTQ measures with the scale as stored
     # (NF4 stores its magnitudes rounded).
     assert (nearest != decoded).float().mean() < (1e-2 if codec.name == "nf4" else 1e-3)
     assert result.error == pytest.approx(result.nearest_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+def test_refinements_lower_the_output_error(codec):
+    weight, _, moments = problem()
+    errors = [gptq(weight, moments, codec, refinements=count).error for count in (0, 2)]
+    free = free_block_width(codec, 256) > 0
+    assert free == (codec in (Int4GroupCodec(), Nf4Codec()))
+    assert decibels(errors[1]) - decibels(errors[0]) > (0.6 if free else 0.1)
+
+
+def test_refined_scales_are_read_by_everyone_and_survive_zeros():
+    """Only the stored numbers change: layout and decoder are the codec's own."""
+    weight, _, moments = problem()
+    weight[3] = 0
+    for codec in (Nf4Codec(), Nf4Codec(double_quantized=False), Int4GroupCodec(block_size=64)):
+        result = gptq(weight, moments, codec)
+        assert {n: p.shape for n, p in result.parts.items()} == {
+            name: torch.Size(spec.shape) for name, spec in codec.spec((96, 256)).items()
+        }
+        decoded = codec.decode(result.parts, (96, 256))
+        assert torch.isfinite(decoded).all()
+        assert not decoded[3].any()
+        assert output_error(weight, decoded, moments) == pytest.approx(result.error)
+        assert result.error < gptq(weight, moments, codec, refinements=0).error
+    with pytest.raises(ValueError, match="refinements"):
+        gptq(weight, moments, Nf4Codec(), refinements=-1)
+
+
+def test_blocks_that_cross_rows_keep_their_scales():
+    weight, _, moments = problem(width=96)
+    codec = Nf4Codec(double_quantized=False)
+    result = gptq(weight, moments, codec)
+    assert torch.equal(result.parts["absmax"], codec.encode(weight)["absmax"])
+    assert result.error < gptq(weight, moments, codec, refinements=0).error
 
 
 def test_gptq_survives_dead_inputs_and_refuses_nonsense():
