@@ -174,15 +174,22 @@ class Calibrator:
                     f"is not watched, or no token is routed to it); name it in keep=, or use a "
                     f"format without calibration"
                 )
+            # The codec sees the weight turned where the layout wants its outputs first.
+            seen = weight.transpose(-2, -1).contiguous() if planned.transposed else weight
+            inputs_first = tap.inputs_first(name) != planned.transposed
             done = encode_calibrated(
-                weight, tap.moments(name), planned.codec, eora_rank=self._eora_rank
+                seen,
+                tap.moments(name),
+                planned.codec,
+                eora_rank=self._eora_rank,
+                inputs_first=inputs_first,
             )
             self._encoded[name] = done
-            decoded = planned.codec.decode(done.parts, tuple(weight.shape))
+            decoded = planned.codec.decode(done.parts, tuple(seen.shape))
             if done.correction is not None:
                 a, b = done.correction
-                decoded += b @ a
-            weight.copy_(decoded)
+                decoded += (b @ a).t() if inputs_first else b @ a
+            weight.copy_(decoded.transpose(-2, -1) if planned.transposed else decoded)
         self._write_corrections(chunk)
         if number + 1 < len(self._layers):
             spec = TensorSpec(

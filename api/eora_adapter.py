@@ -16,10 +16,13 @@ from torch import Tensor
 EORA_FOLDER = "eora"
 
 
-def write_eora_adapter(corrections: Mapping[str, Tensor], folder: Path, *, base: str) -> None:
+def write_eora_adapter(
+    corrections: Mapping[str, Tensor], folder: Path, *, base: str, inputs_first: bool = False
+) -> None:
     """Write ``NAME.weight.A`` (rank, in) and ``NAME.weight.B`` (out, rank) as a LoRA adapter.
 
-    Ranks may differ: a matrix of fewer rows than the rank has a smaller one.
+    Ranks may differ: a matrix of fewer rows than the rank has a smaller one.  ``inputs_first``:
+    the adapted layers keep their weights as (in, out), as GPT-2 does.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -39,6 +42,7 @@ def write_eora_adapter(corrections: Mapping[str, Tensor], folder: Path, *, base:
         rank_pattern=others,
         alpha_pattern=dict(others),
         target_modules=sorted(ranks),
+        fan_in_fan_out=inputs_first,
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
         inference_mode=True,

@@ -7,7 +7,9 @@ The folder holds config, tokenizer and generation settings beside the encoded sh
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from headrace.offload.chunk import ChunkLayout
 from headrace.offload.source import SafetensorsIndex
@@ -84,7 +87,8 @@ def quantize(
     layer on ``device``, activations in files between layers, the checkpoint read twice, a layer
     held twice.  ``gptq`` means INT4 in groups of 128 and needs it; ``hqq`` (INT4 with a minimum)
     needs no data.  ``eora_rank`` above 0 adds ``OUT/eora``, a LoRA adapter that makes up for most
-    of what the encoding lost and is where fine-tuning should begin.
+    of what the encoding lost and is where fine-tuning should begin; stacks of experts get none,
+    which is said in a warning.
 
     >>> import headrace
     >>> reports = []
@@ -102,6 +106,8 @@ def quantize(
         raise InputError(f"{target} holds a finished encoding already; give a new folder")
     skeleton, kind = skeleton_of(folder, dtype, eager_experts=calibration is not None)
     planned = plan_encoding(skeleton, format, keep=keep)
+    if eora_rank:
+        _say_what_stays_uncorrected(planned)
     checkpoint = Checkpoint(skeleton, folder, kind)
     reader = _ChunkReader(checkpoint)
     pending: list[PendingTensor] = []
@@ -142,7 +148,12 @@ def quantize(
     if calibrator is not None:
         corrections = calibrator.corrections()
         if corrections:
-            write_eora_adapter(corrections, target / EORA_FOLDER, base=str(target.absolute()))
+            write_eora_adapter(
+                corrections,
+                target / EORA_FOLDER,
+                base=str(target.absolute()),
+                inputs_first=any(isinstance(module, Conv1D) for module in skeleton.modules()),
+            )
         shutil.rmtree(target / "calibration")
     copy_companions(folder, target)
     _describe(target, encoded, planned, format, keep)
@@ -180,6 +191,19 @@ def refuse_without_data(
         raise InputError(
             "GPTQ and EoRA are computed from calibration data: give a file (--calibration "
             "data.jsonl), or use format 'hqq' or 'nf4', which need none"
+        )
+
+
+def _say_what_stays_uncorrected(planned: Mapping[str, PlannedWeight]) -> None:
+    stacks = {name: math.prod(w.shape) for name, w in planned.items() if len(w.shape) > 2}
+    if stacks:
+        share = sum(stacks.values()) / sum(math.prod(w.shape) for w in planned.values())
+        warnings.warn(
+            f"EoRA corrects matrices: {len(stacks)} stacks of experts such as "
+            f"{next(iter(stacks))!r}, {share:.0%} of the encoded weights, get calibrated codes "
+            f"and no correction. (PEFT adapts a stack by adding to the whole of it; an encoded "
+            f"one is decoded expert by expert.)",
+            stacklevel=3,
         )
 
 

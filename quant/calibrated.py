@@ -45,9 +45,10 @@ def calibrated_codec(word: str, shape: Shape) -> Codec:
 class InputTap(TorchFunctionMode):
     """Context manager: counts the inputs of products with the given weights.
 
-    ``weights``: name -> a matrix (out, in), or a stack of them, each in a storage of its own.
-    Weights that meet the very same input share one matrix of moments.  Memory: in x in fp32
-    numbers for each different input.
+    ``weights``: name -> a matrix (out, in), or a stack of them, each in a storage of its own; a
+    matrix that ``addmm`` multiplies from the right is (in, out), as in GPT-2.  Weights that meet
+    the very same input share one matrix of moments.  Memory: in x in fp32 numbers for each
+    different input.
 
     >>> weight = torch.ones(2, 3)
     >>> with InputTap({"w": weight}) as tap:
@@ -63,6 +64,7 @@ class InputTap(TorchFunctionMode):
         self._moments: dict[str, InputMoments] = {}
         self._seen: dict[int, tuple[Tensor, str]] = {}
         self._stacks = {name for name, weight in weights.items() if weight.ndim > 2}
+        self._inputs_first: set[str] = set()
 
     def __torch_function__(
         self,
@@ -78,6 +80,11 @@ class InputTap(TorchFunctionMode):
             name = self._names.get(weight.untyped_storage().data_ptr())
             if name is not None:
                 self._count(name, args[0] if args else kwargs["input"])
+        elif func is torch.addmm and len(args) == 3:  # bias + x W: the layers of GPT-2
+            name = self._names.get(args[2].untyped_storage().data_ptr())
+            if name is not None and args[2].ndim == 2:
+                self._inputs_first.add(name)
+                self._count(name, args[1])
         return func(*args, **kwargs)
 
     def next_batch(self) -> None:
@@ -88,6 +95,10 @@ class InputTap(TorchFunctionMode):
         """Return the (in, in) fp32 moments of a weight's inputs; None if none came."""
         found = self._moments.get(self._leaders.get(name, ""))
         return None if found is None else found.matrix()
+
+    def inputs_first(self, name: str) -> bool:
+        """Whether a weight was multiplied as (in, out)."""
+        return name in self._inputs_first
 
     def _count(self, name: str, x: Tensor) -> None:
         if not x.numel():
@@ -117,44 +128,60 @@ class CalibratedWeight:
 
 
 def encode_calibrated(
-    weight: Tensor, moments: Tensor | None, codec: Codec, *, eora_rank: int = 0
+    weight: Tensor,
+    moments: Tensor | None,
+    codec: Codec,
+    *,
+    eora_rank: int = 0,
+    inputs_first: bool = False,
 ) -> CalibratedWeight:
-    """Encode a matrix (out, in) or a stack of them.
+    """Encode a matrix (out, in), or (in, out) with ``inputs_first``, or a stack of them.
 
     Affine INT4 codes are chosen by HQQ, those of other block codecs by GPTQ if there are moments;
     without moments codes are the nearest ones.  ``eora_rank`` above 0 adds the correction of a
-    matrix (stacks get none).
+    matrix.  Stacks get none: PEFT adapts a stack by adding to the whole of it, which an encoded
+    one that is read expert by expert does not allow.
     """
     if weight.ndim < 2 or not isinstance(codec, BlockCodec):
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} in codec {codec.name!r} cannot be "
             f"calibrated: matrices in block codecs can"
         )
+    if inputs_first and weight.ndim > 2:
+        raise ValueError(f"a stack of shape {tuple(weight.shape)} has its outputs first")
     shape = tuple(weight.shape)
     if isinstance(codec, Int4GroupCodec) and codec.mode == "affine":
         parts = hqq(weight, codec)
     elif moments is None:
         parts = codec.encode(weight)
     else:
-        parts = _gptq(weight, moments, codec)
+        parts = _gptq(weight, moments, codec, inputs_first=inputs_first)
     if moments is None:
         return CalibratedWeight(parts)
     errors = {
-        "output_nearest": _error(weight, codec, codec.encode(weight), moments),
-        "output": _error(weight, codec, parts, moments),
+        "output_nearest": _error(
+            weight, codec, codec.encode(weight), moments, inputs_first=inputs_first
+        ),
+        "output": _error(weight, codec, parts, moments, inputs_first=inputs_first),
     }
     if eora_rank < 1 or weight.ndim > 2:
         return CalibratedWeight(parts, errors)
     decoded = codec.decode(parts, shape)
+    if inputs_first:
+        weight, decoded = weight.t(), decoded.t()
     rank = min(eora_rank, *shape)
     a, b = eora(weight, decoded, moments, rank=rank)
     errors["output_corrected"] = output_error(weight, decoded + b @ a, moments)
     return CalibratedWeight(parts, errors, (a, b))
 
 
-def _gptq(weight: Tensor, moments: Tensor, codec: BlockCodec) -> dict[str, Tensor]:
+def _gptq(
+    weight: Tensor, moments: Tensor, codec: BlockCodec, *, inputs_first: bool
+) -> dict[str, Tensor]:
     shape, cols = tuple(weight.shape), weight.shape[-1]
-    if isinstance(codec, RowCodec) and not codec.whole_spec():
+    if weight.ndim == 2:
+        parts = gptq(weight, moments, codec, inputs_first=inputs_first).parts
+    elif isinstance(codec, RowCodec) and not codec.whole_spec():
         matrices = [gptq(matrix, moments, codec).parts for matrix in weight.view(-1, *shape[-2:])]
         parts = {name: torch.cat([m[name].reshape(-1) for m in matrices]) for name in matrices[0]}
     else:  # a number of the whole tensor: its matrices are one, all with the same inputs
@@ -162,11 +189,21 @@ def _gptq(weight: Tensor, moments: Tensor, codec: BlockCodec) -> dict[str, Tenso
     return {name: parts[name].reshape(spec.shape) for name, spec in codec.spec(shape).items()}
 
 
-def _error(weight: Tensor, codec: Codec, parts: Mapping[str, Tensor], moments: Tensor) -> float:
+def _error(
+    weight: Tensor,
+    codec: Codec,
+    parts: Mapping[str, Tensor],
+    moments: Tensor,
+    *,
+    inputs_first: bool,
+) -> float:
     """Relative rms error of the outputs, one matrix of a stack at a time."""
     shape = tuple(weight.shape)
     if weight.ndim == 2:
-        return output_error(weight, codec.decode(parts, shape), moments)
+        decoded = codec.decode(parts, shape)
+        if inputs_first:
+            weight, decoded = weight.t(), decoded.t()
+        return output_error(weight, decoded, moments)
     size = shape[-2] * shape[-1]
     squares = []
     for number, matrix in enumerate(weight.view(-1, *shape[-2:])):

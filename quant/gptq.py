@@ -77,6 +77,7 @@ def gptq(
     damping: float = 0.01,
     by_importance: bool = True,
     refinements: int = 2,
+    inputs_first: bool = False,
 ) -> GptqResult:
     """Encode ``weight`` (out, in) with codes that keep x Wᵀ close for inputs like those counted.
 
@@ -84,31 +85,35 @@ def gptq(
     ``damping`` times the mean diagonal is added to it.  ``by_importance`` visits the columns of
     large moments first.  ``refinements`` times the scales are solved for given the codes (where
     the codec leaves them free) and the codes descended given the scales, each about as much work
-    as GPTQ itself; with 0 the scales are those of ``codec.encode``.  Memory: about six times the
-    weight in fp32 and three times the moments.
+    as GPTQ itself; with 0 the scales are those of ``codec.encode``.  ``inputs_first``: the weight
+    is (in, out), as GPT-2 keeps it, and so are the parts; its blocks run along the outputs, and
+    their scales stay.  Memory: about six times the weight in fp32 and three times the moments.
     """
-    if weight.ndim != 2 or moments.shape != (weight.shape[1], weight.shape[1]):
+    inputs = weight.shape[0 if inputs_first else -1]
+    if weight.ndim != 2 or moments.shape != (inputs, inputs):
         raise ValueError(
             f"weight of shape {tuple(weight.shape)} needs moments of shape "
-            f"({weight.shape[-1]}, {weight.shape[-1]}), got {tuple(moments.shape)}"
+            f"({inputs}, {inputs}), got {tuple(moments.shape)}"
         )
     if not bool(torch.isfinite(moments).all()):
         raise ValueError("the moments hold NaN or infinities; look at the calibration inputs")
     if refinements < 0:
         raise ValueError(f"refinements is {refinements}; give 0 or more")
     shape = (weight.shape[0], weight.shape[1])
-    exact = weight.detach().to(torch.float32)
-    parts = codec.encode(exact)
-    nearest_error = output_error(exact, codec.decode(parts, shape), moments)
+    stored = weight.detach().to(torch.float32)
+    exact = _turned(stored, inputs_first)
+    parts = codec.encode(stored)
+    nearest = _turned(codec.decode(parts, shape), inputs_first)
+    nearest_error = output_error(exact, nearest, moments)
     table = code_table(codec.code_values(), weight.device)
     damped = _damped(moments, damping)
-    width = free_block_width(codec, shape[1]) if refinements else 0
+    width = free_block_width(codec, shape[1]) if refinements and not inputs_first else 0
     if width:
         found = searched_multipliers(
             exact, damped.diagonal().to(torch.float32), block_multipliers(codec, parts), table
         )
         parts = with_multipliers(codec, parts, found)
-    grids = _grids(codec, parts, shape)
+    grids = _grids(codec, parts, shape, inputs_first=inputs_first)
     codes = _one_pass(exact, damped, grids, table, damping=damping, by_importance=by_importance)
     damped = damped.to(torch.float32)
     for _ in range(refinements):
@@ -121,12 +126,16 @@ def gptq(
                 width=width,
             )
             parts = with_multipliers(codec, parts, found)
-            grids = _grids(codec, parts, shape)
+            grids = _grids(codec, parts, shape, inputs_first=inputs_first)
         codes = descend(exact, damped, codes, *grids, table)
+    codes = _turned(codes, inputs_first)
     parts = parts | {"codes": _as_stored(codec, codes, parts["codes"])}
-    return GptqResult(
-        parts, nearest_error, output_error(exact, codec.decode(parts, shape), moments)
-    )
+    decoded = _turned(codec.decode(parts, shape), inputs_first)
+    return GptqResult(parts, nearest_error, output_error(exact, decoded, moments))
+
+
+def _turned(matrix: Tensor, inputs_first: bool) -> Tensor:
+    return matrix.t().contiguous() if inputs_first else matrix
 
 
 def _one_pass(
@@ -177,7 +186,7 @@ def output_error(exact: Tensor, approximate: Tensor, moments: Tensor) -> float:
 
 
 def _grids(
-    codec: BlockCodec, parts: dict[str, Tensor], shape: tuple[int, int]
+    codec: BlockCodec, parts: dict[str, Tensor], shape: tuple[int, int], *, inputs_first: bool
 ) -> tuple[Tensor, Tensor]:
     """Return offset and factor, (out, in) fp32, with value = offset + factor * table[code]."""
     values = codec.code_values()
@@ -188,13 +197,13 @@ def _grids(
     for code in (zero, top):
         constant = torch.full(shape, code, dtype=torch.uint8, device=parts["codes"].device)
         stored = _as_stored(codec, constant, parts["codes"])
-        decoded.append(codec.decode(parts | {"codes": stored}, shape))
+        decoded.append(_turned(codec.decode(parts | {"codes": stored}, shape), inputs_first))
     offset, high = decoded
     return offset, (high - offset) / (values[top] - values[zero])
 
 
 def _as_stored(codec: BlockCodec, codes: Tensor, like: Tensor) -> Tensor:
-    """Pack natural (out, in) codes as the codec stores them, in the shape of ``like``."""
+    """Pack codes of the weight's shape as the codec stores them, in the shape of ``like``."""
     if codec.code_bits == 8:
         return codes.view(like.dtype)
     if like.ndim == 1:  # flat blocks: pairs run on from row to row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import headrace
 from headrace.calibrating import CalibrationBatch, Calibrator
@@ -170,10 +172,65 @@ def test_what_cannot_be_calibrated_is_refused_by_name(tmp_path: Path) -> None:
         headrace.quantize(llama, tmp_path / "a", format="gptq")
     with pytest.raises(headrace.InputError, match="calibration data"):
         headrace.quantize(llama, tmp_path / "a", format="nf4", eora_rank=4)
-    gpt2 = make_folder("gpt2", tmp_path, torch.bfloat16)
-    with pytest.raises(headrace.InputError, match=r"h\.0\.attn\.c_attn\.weight"):
-        headrace.quantize(gpt2, tmp_path / "b", format="gptq", calibration=calibration(1))
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "vocab_size": 97}
+    counts = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model("gpt_oss", **sizes, **counts, **experts)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "oss")
+    with pytest.raises(headrace.InputError, match=r"layers\.0\.mlp\.experts.*not watched"):
+        headrace.quantize(
+            tmp_path / "oss", tmp_path / "b", format="nf4", calibration=calibration(1)
+        )
     assert not (tmp_path / "b/encoded.index.json").exists()
+
+
+@pytest.mark.parametrize("word", ["gptq", "nf4"])
+def test_weights_with_their_inputs_first_are_calibrated(tmp_path: Path, word: str) -> None:
+    """GPT-2 keeps (in, out); both layouts, and the adapter of its corrections."""
+    folder = make_folder("gpt2", tmp_path, torch.bfloat16)
+    exact = logits(resident_model(folder, torch.bfloat16).eval())
+    reports: list[TensorReport] = []
+    headrace.quantize(
+        folder,
+        tmp_path / "out",
+        format=word,
+        calibration=calibration(),
+        eora_rank=4,
+        on_tensor=reports.append,
+    )
+    errors = [report.output_errors for report in reports if report.codec != "kept"]
+    assert len(errors) == 16
+    assert all(e["output_corrected"] < e["output"] < e["output_nearest"] for e in errors)
+    base = headrace.load(tmp_path / "out", train="adapters", device="cpu")
+    before = distance(base, exact)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fan_in_fan_out")
+        model = PeftModel.from_pretrained(base, str(tmp_path / "out/eora"), is_trainable=True)
+    assert distance(model, exact) < 0.95 * before
+    base.close()
+    reports.clear()
+    quantize_for_transformers(
+        folder,
+        tmp_path / "foreign",
+        format=word,
+        calibration=calibration(),
+        on_tensor=reports.append,
+    )
+    errors = [report.output_errors for report in reports if report.codec != "kept"]
+    assert all(e["output"] < e["output_nearest"] for e in errors)
+    model = headrace.load(tmp_path / "foreign", train="none", device="cpu")
+    assert distance(model, exact) < 1.1 * before
+    model.close()
+
+
+def test_what_eora_leaves_uncorrected_is_said(tmp_path: Path) -> None:
+    folder = make_folder("mixtral", tmp_path, torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"8 stacks of experts such as .*experts.*% of the enc"):
+        headrace.quantize(
+            folder, tmp_path / "out", format="nf4", calibration=calibration(1), eora_rank=2
+        )
+    settings = json.loads((tmp_path / "out/eora/adapter_config.json").read_text())
+    assert not any("experts" in module for module in settings["target_modules"])
 
 
 def test_gptq_in_its_own_layout_is_read_back_to_the_same_weights(tmp_path: Path) -> None:
