@@ -24,14 +24,16 @@ if TYPE_CHECKING:
     from .loading import load
     from .loram import prune, recover
     from .merging import merge_and_unload
+    from .options import TuneOptions
     from .quantization_config import HeadraceConfig
     from .quantizing import quantize
     from .reporting import Report, report, statistics
     from .resuming import resume
     from .state_folder import export_states, import_states
-    from .streamed_model import runtime_of
+    from .streamed import runtime_of
     from .tracing import Trace, trace
-    from .tuning import TuneOptions, TuneResult, tune
+    from .tune_result import TuneResult
+    from .tuning import tune
 
 _HOMES = MappingProxyType(
     {
@@ -41,8 +43,8 @@ _HOMES = MappingProxyType(
         "InputError": "errors",
         "Report": "reporting",
         "Trace": "tracing",
-        "TuneOptions": "tuning",
-        "TuneResult": "tuning",
+        "TuneOptions": "options",
+        "TuneResult": "tune_result",
         "correct_adapters": "adapting",
         "default_budgets": "budgets",
         "export": "exporting",
@@ -60,7 +62,7 @@ _HOMES = MappingProxyType(
         "read_calibration": "calibrating",
         "recover": "loram",
         "report": "reporting",
-        "runtime_of": "streamed_model",
+        "runtime_of": "streamed",
         "statistics": "reporting",
         "trace": "tracing",
         "tune": "tuning",

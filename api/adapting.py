@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -24,10 +24,11 @@ from headrace.offload.schedule import Phase
 from headrace.quant.eora import eora
 
 from .checkpoint import Checkpoint
+from .compatibility import chosen_dtype
 from .errors import InputError
-
-if TYPE_CHECKING:
-    from .streamed_model import StreamedModel
+from .merged_weights import weight_name_of
+from .streamed import StreamedModel, streamed_model_of
+from .structure import cut
 
 
 def fill_from_base(streamed: StreamedModel) -> None:
@@ -84,8 +85,6 @@ def correct_adapters(
     >>> headrace.correct_adapters(tuned, "model-folder")
     >>> base.close()
     """
-    from .exporting import streamed_model_of
-
     streamed = streamed_model_of(model)
     layers = dict(_lora_layers(streamed))
     read = _exact_reader(Path(exact), streamed)
@@ -121,8 +120,6 @@ def _absent(value: Tensor) -> bool:
 
 def _visits(streamed: StreamedModel, layers: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Chunk, weight name and adapted layer, each while the chunk's weights are in memory."""
-    from .merged_weights import weight_name_of
-
     runtime = streamed._runtime
     runtime.flush()
     chunk_of = {n: chunk for chunk, bound in runtime.bound.items() for n in bound.parameters}
@@ -153,9 +150,6 @@ def _fill_magnitudes(module: Any) -> None:
 
 def _exact_reader(folder: Path, streamed: StreamedModel) -> Callable[[str, str], Tensor]:
     """Reads weights of the checkpoint that a base was encoded from, one chunk in memory."""
-    from .loading import chosen_dtype
-    from .structure import cut
-
     config = AutoConfig.from_pretrained(folder)
     kind = chosen_dtype(None, config)
     with init_empty_weights(include_buffers=False):

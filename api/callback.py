@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any, final
 
+from torch import nn
 from transformers import (
     ProgressCallback,
     Trainer,
@@ -23,8 +24,9 @@ from headrace.offload.budget import Tier
 from headrace.offload.runtime import Runtime
 from headrace.offload.timeline import LaneName
 
+from .errors import InputError
 from .reporting import Report, report
-from .streamed_model import StreamedModel
+from .streamed import runtime_of
 
 _PREFIX = "headrace/"
 _LOGGER = logging.getLogger("headrace")
@@ -120,14 +122,14 @@ class HeadraceCallback(TrainerCallback):
                 callback.training_bar.set_postfix_str(f"{words} busy {busy[lane]:.0%}")
 
 
-def _runtime_of(model: Any) -> Runtime:
-    for module in () if model is None else model.modules():
-        if isinstance(module, StreamedModel):
-            return module._runtime
-    raise ValueError(
-        f"HeadraceCallback watches a streamed model, but the Trainer's model is a "
-        f"{type(model).__name__}. Open it with headrace.load, or leave the callback out."
-    )
+def _runtime_of(model: nn.Module | None) -> Runtime:
+    try:
+        return runtime_of(nn.Module() if model is None else model)
+    except InputError as error:
+        raise ValueError(
+            f"HeadraceCallback watches a streamed model, but the Trainer's model is a "
+            f"{type(model).__name__}. Open it with headrace.load, or leave the callback out."
+        ) from error
 
 
 def _figures(runtime: Runtime) -> dict[str, float]:

@@ -16,6 +16,18 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from .errors import InputError
+
+
+def chosen_dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
+    """The dtype of the weights: what was asked for, else the checkpoint's."""
+    chosen: Any = dtype or getattr(config, "dtype", None) or torch.float32
+    if isinstance(chosen, str):
+        chosen = getattr(torch, chosen, None)
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise InputError(f"dtype is {dtype!r}; give torch.bfloat16, torch.float16 or torch.float32")
+    return chosen
+
 
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Which parameters keep another dtype, by pattern, when the model is loaded in ``dtype``."""

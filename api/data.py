@@ -25,6 +25,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -140,6 +141,13 @@ class Rows:
     def num_tokens(self) -> int:
         """Tokens of all rows, without padding."""
         return int(self.starts[-1])
+
+    def digest(self) -> str:
+        """Return a digest of all rows, to tell that a run goes on with the same ones."""
+        digest = xxhash.xxh3_128()
+        for array in (self.ids, self.is_label, self.starts):
+            digest.update(array.data.cast("B"))
+        return digest.hexdigest()
 
     def batch(self, indices: Sequence[int], *, pad_id: int) -> dict[str, torch.Tensor]:
         """Return ``input_ids``, ``attention_mask`` and ``labels``, (rows, longest row), int64.

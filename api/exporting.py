@@ -13,7 +13,7 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from torch import Tensor, nn
 
@@ -25,9 +25,7 @@ from headrace.quant.spec import TensorSpec
 from .errors import InputError
 from .merged_weights import Change, MergedTensor, merged_chunks, tensor_list
 from .saving import check_new_folder, written_whole
-
-if TYPE_CHECKING:
-    from .streamed_model import StreamedModel
+from .streamed import streamed_model_of
 
 SHARD_BYTES = 128 << 20
 #: Every weight with the codec that it had.
@@ -74,16 +72,6 @@ def write_model(
     else:
         _write_encoded(model, folder, format)
     _write_config(streamed_model_of(model), folder)
-
-
-def streamed_model_of(model: nn.Module) -> StreamedModel:
-    """Return the streamed model, wrappers (PEFT's and others) seen through."""
-    from .streamed_model import StreamedModel
-
-    for module in model.modules():
-        if isinstance(module, StreamedModel):
-            return module
-    raise InputError(f"{type(model).__name__} is not streamed; open it with headrace.load")
 
 
 def write_shards(chunks: Iterable[dict[str, Tensor]], folder: Path) -> None:

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,12 +27,9 @@ from torch import Tensor, nn
 from headrace.offload.errors import SourceError
 
 from .errors import InputError
-from .exporting import streamed_model_of
 from .saving import check_new_folder
 from .state_folder import NAME, VERSION, export_states, import_states
-
-if TYPE_CHECKING:
-    from .streamed_model import StreamedModel
+from .streamed import StreamedModel, streamed_model_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

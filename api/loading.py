@@ -41,13 +41,14 @@ from headrace.quant.model import declare_encoded, decoding_bytes
 from .budgets import default_budgets, parse_bytes
 from .capture import open_tap
 from .checkpoint import Checkpoint, ConvertedBacking
-from .compatibility import dtype_plan
+from .compatibility import chosen_dtype, dtype_plan
 from .copying import make_copyable
 from .errors import InputError
 from .native_checkpoint import AssembledBacking, plan_native, take_quantization_settings
 from .rank_folders import find_ranks, rank_folder
 from .selection import Selection, SlimFit, selection_of, train_only
-from .streamed_model import StreamedModel, streamed_class
+from .streamed import StreamedModel
+from .streamed_model import streamed_class
 from .streamed_parameter import streamed_parameter
 from .structure import ModuleChunk, Role, cut
 from .training import Training, TrainingOptions
@@ -334,7 +335,9 @@ def _backing(checkpoint: Checkpoint, layout: ChunkLayout, disk: DiskLanes) -> Ba
     if keys is None:
         pieces = checkpoint.pieces(layout)
         if pieces:
-            return AssembledBacking(checkpoint, layout, pieces, disk)
+            return AssembledBacking(
+                checkpoint.index, layout, pieces, disk, convert=checkpoint.convert
+            )
         return ConvertedBacking(checkpoint, layout)
     plan = ReadPlan(checkpoint.index, list(keys.values()), lanes=disk)
     return SourceBacking(plan, layout, keys)
@@ -451,16 +454,6 @@ def find_folder(model: str | Path) -> Path:
         raise InputError(
             f"{model!r} is neither a folder nor a model that the hub gave: {error}"
         ) from error
-
-
-def chosen_dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
-    """The dtype of the weights: what was asked for, else the checkpoint's."""
-    chosen: Any = dtype or getattr(config, "dtype", None) or torch.float32
-    if isinstance(chosen, str):
-        chosen = getattr(torch, chosen, None)
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
-        raise InputError(f"dtype is {dtype!r}; give torch.bfloat16, torch.float16 or torch.float32")
-    return chosen
 
 
 def _store_paths(store: Any) -> dict[Path, float]:

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -25,10 +25,8 @@ from .errors import InputError
 from .exporting import write_shards
 from .loading import find_folder, load
 from .saving import check_new_folder, written_whole
+from .streamed import StreamedModel
 from .structure import decoder_layers
-
-if TYPE_CHECKING:
-    from .streamed_model import StreamedModel
 
 KEPT_NAME: Final = "kept.json"
 _CHANNELS = frozenset({"gate_proj", "up_proj", "down_proj"})
@@ -91,8 +89,6 @@ def prune(
     >>> half.intermediate_size / whole.intermediate_size
     0.5
     """
-    from .streamed_model import StreamedModel
-
     if not 0.0 < keep <= 1.0:
         raise InputError(f"keep is {keep:g}; give more than 0, at most 1")
     target = Path(out)
@@ -153,9 +149,8 @@ def recover(adapters: str | Path, out: str | Path) -> None:
             f"{source} belongs to the base {pruned}, which holds no {KEPT_NAME}: it was not made "
             f"by headrace prune, and there is nothing to recover"
         )
-    record = _read_json(pruned / KEPT_NAME)
-    base, kept = str(record["base"]), record["kept"]
-    whole = Geometry.of(AutoConfig.from_pretrained(base))
+    base, kept = _read_kept(pruned / KEPT_NAME)
+    whole = Geometry.of(AutoConfig.from_pretrained(find_folder(base)))
     found = load_file(source / "adapter_model.safetensors")
     recovered = {name: _recovered(name, value, kept, whole) for name, value in found.items()}
     with written_whole(target) as partial:
@@ -245,15 +240,23 @@ def _recovered(name: str, value: Tensor, kept: dict[str, list[int]], whole: Geom
     module, _, rest = path.partition(".lora_")
     if rest not in ("A.weight", "B.weight"):
         raise InputError(f"{name}: only plain LoRA factors can be recovered, of linear layers")
+    leaf = module.rpartition(".")[2]
+    owner = module.rpartition(".")[0]
+    if leaf in _CHANNELS | _HEADS and owner not in kept:
+        raise InputError(f"{name}: {KEPT_NAME} of the pruned base does not say what {owner} kept")
     rows = _rows(module, kept, whole)
     on_input = module.rpartition(".")[2] in _INPUT_SIDE
     if rows is None or on_input != (rest == "A.weight"):
         return value
-    leaf = module.rpartition(".")[2]
     if leaf in _CHANNELS:
         size = whole.channels
     else:
         size = whole.head_dim * (whole.heads if leaf in ("q_proj", "o_proj") else whole.kv_heads)
+    if rows.numel() != value.shape[1 if on_input else 0] or int(rows.max()) >= size:
+        raise InputError(
+            f"{name} has shape {tuple(value.shape)}, but {KEPT_NAME} says that {rows.numel()} of "
+            f"{size} stayed: the adapter, the pruned folder and its base do not belong together"
+        )
     if on_input:
         filled = value.new_zeros(value.shape[0], size)
         filled[:, rows] = value
@@ -269,6 +272,19 @@ def _copy_tokenizer(folder: Path, target: Path) -> None:
         usual = path.is_file() and path.suffix in (".json", ".model", ".txt", ".jinja")
         if usual and path.name not in others and not path.name.endswith(".index.json"):
             shutil.copy2(path, target / path.name)
+
+
+def _read_kept(path: Path) -> tuple[str, dict[str, list[int]]]:
+    """Return the base that was pruned, and what stayed of each of its modules."""
+    record = _read_json(path)
+    base, kept = record.get("base"), record.get("kept")
+    rows = list(kept.values()) if isinstance(kept, dict) else [None]
+    if not isinstance(base, str) or not all(
+        isinstance(row, list) and row and all(type(i) is int and i >= 0 for i in row)
+        for row in rows
+    ):
+        raise InputError(f"{path}: is damaged; headrace prune writes it: prune the base again")
+    return base, kept or {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from headrace.quant.linear import EncodedModule, EncodedSlot, part_parameter_name
 
 from .errors import InputError
-
-if TYPE_CHECKING:
-    from .streamed_model import StreamedModel
+from .streamed import StreamedModel, streamed_model_of
 
 
 @final
@@ -59,8 +57,6 @@ def merged_chunks(
     ``model`` is what ``headrace.load`` returned or PEFT's wrapper around it.  Adapters that
     cannot be merged are refused by name before anything is read.
     """
-    from .exporting import streamed_model_of
-
     streamed = streamed_model_of(model)
     plan = _plan(model, streamed)
     for chunk, stored in streamed.chunk_tensors():
@@ -74,8 +70,6 @@ def tensor_list(model: nn.Module) -> list[tuple[str, MergedTensor]]:
 
     Asking one of these for ``values`` is an error: they come from ``merged_chunks``.
     """
-    from .exporting import streamed_model_of
-
     streamed = streamed_model_of(model)
     plan = _plan(model, streamed)
     found: list[tuple[str, MergedTensor]] = []

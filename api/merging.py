@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from headrace.quant.codec import Codec
 
 from .errors import InputError
-from .exporting import export, streamed_model_of, write_model
+from .exporting import export, write_model
 from .preparation import load_tokenizer
 from .saving import check_new_folder, written_whole
+from .streamed import StreamedModel, streamed_model_of
 
 
 def merge_and_unload(
@@ -70,7 +71,6 @@ def merge_adapters(
     from peft import PeftModel
 
     from .loading import load
-    from .streamed_model import StreamedModel
 
     model = load(
         base,

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from safetensors import safe_open
@@ -48,9 +48,6 @@ from headrace.quant.shards import DTYPES
 from headrace.quant.spec import TensorSpec
 
 from .encoding_record import METHOD, recorded_weights
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
 
 Piece = str | Tensor  # a tensor of the shards, by name, or a few bytes that are known already
 
@@ -250,14 +247,17 @@ class AssembledBacking(Backing):
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        index: SafetensorsIndex,
         layout: ChunkLayout,
         pieces: Mapping[str, Sequence[Piece]],
         disk: DiskLanes,
+        *,
+        convert: Callable[[ChunkLayout], Mapping[str, Tensor]],
     ) -> None:
+        """``convert`` reads the tensors of a layout that the shards hold in another form."""
         names = [p for parts in pieces.values() for p in parts if isinstance(p, str)]
-        self._plan = ReadPlan(checkpoint.index, names, lanes=disk)
-        self._checkpoint, self._packed_bytes = checkpoint, layout.nbytes
+        self._plan = ReadPlan(index, names, lanes=disk)
+        self._convert, self._packed_bytes = convert, layout.nbytes
         self.host_nbytes = layout.nbytes + self._plan.nbytes
         self.host_slots = layout.slots
         self.segments = (Segment(0, 0, layout.nbytes),)
@@ -274,7 +274,7 @@ class AssembledBacking(Backing):
             offset = self._slots[name].offset
             for piece in parts:
                 if isinstance(piece, str):
-                    nbytes = checkpoint.index[piece].nbytes
+                    nbytes = index[piece].nbytes
                     start = self._packed_bytes + self._plan.offsets[piece]
                     self._copies.append((offset, start, nbytes))
                 else:
@@ -288,7 +288,7 @@ class AssembledBacking(Backing):
         """Read the shards' ranges behind the place of the chunk, then put it together."""
         if self._converted is not None:
             buffer = torch.frombuffer(view, dtype=torch.uint8)
-            for name, tensor in self._checkpoint.convert(self._converted).items():
+            for name, tensor in self._convert(self._converted).items():
                 self._slots[name].view(buffer).copy_(tensor)
         behind = view[self._packed_bytes :]
         return self._plan.read(behind, label=label, then=partial(self._put_together, view))

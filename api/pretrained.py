@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from accelerate import init_empty_weights
@@ -30,9 +30,7 @@ from headrace.offload.transfer import FinishedTransfer, Transfer
 from .compatibility import convert_into
 from .exporting import write_model
 from .stored_tensor import StoredTensor
-
-if TYPE_CHECKING:
-    from .streamed_model import StreamedModel
+from .streamed import StreamedModel
 
 _WEIGHT_FILE = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"

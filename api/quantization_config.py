@@ -204,11 +204,34 @@ class HeadraceQuantizer(HfQuantizer):  # type: ignore[no-untyped-call]
             from .quantized_stream import encode_into_store
 
             # Only here: while transformers builds a model it suspends the tying of weights.
-            assert self._dtype is not None
-            self._stream = encode_into_store(
-                self.quantization_config, self._files, self._dtype, self._place
+            config, options = self.quantization_config, self._stream_options()
+            encode_into_store(
+                Path(self._files[0]).parent,
+                options,
+                format=config.format,
+                keep=config.modules_to_not_convert,
             )
+            self._stream = options
         return _EncodeOnLoad(self)
+
+    def _stream_options(self) -> StreamOptions:
+        from .quantized_stream import StreamOptions
+
+        config = self.quantization_config
+        if config.layout != "headrace":
+            raise InputError(
+                f"layout={config.layout!r} is for models that save_pretrained writes; a streamed "
+                f"one has layout='headrace' (headrace quantize --layout writes others)"
+            )
+        assert config.store is not None and self._dtype is not None
+        return StreamOptions(
+            folder=Path(config.store) / "encoded",
+            dtype=self._dtype,
+            device=self._place,
+            device_budget=config.device_budget,
+            host_budget=config.host_budget,
+            micro_batch=config.micro_batch,
+        )
 
     def take(self, model: PreTrainedModel, name: str, value: Tensor) -> None:
         """Encode one weight into the model (a streamed one has it on disk already)."""

@@ -9,16 +9,17 @@ checkpoint and settings, is used as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from transformers import PreTrainedModel
 
 from headrace.offload.activation import ParkPlace
+from headrace.quant.codec import Codec
 from headrace.quant.folder import INDEX_NAME, EncodedFolder
 from headrace.quant.model import declare_encoded
 
@@ -29,9 +30,6 @@ from .loading import attach, check_complete
 from .quantizing import quantize, source_of
 from .rank_folders import find_ranks
 from .structure import cut
-
-if TYPE_CHECKING:
-    from .quantization_config import HeadraceConfig
 
 
 @final
@@ -48,29 +46,23 @@ class StreamOptions:
 
 
 def encode_into_store(
-    config: HeadraceConfig, checkpoint_files: Sequence[str], dtype: torch.dtype, device: str
-) -> StreamOptions:
-    """Encode the checkpoint into ``config.store``, or take up what an earlier run left there."""
-    if config.layout != "headrace":
-        raise InputError(
-            f"layout={config.layout!r} is for models that save_pretrained writes; a streamed one "
-            f"has layout='headrace' (headrace quantize --layout writes others)"
-        )
-    assert config.store is not None
-    model, folder = Path(checkpoint_files[0]).parent, Path(config.store) / "encoded"
-    keep = config.modules_to_not_convert
+    model: Path,
+    options: StreamOptions,
+    *,
+    format: str | Codec | Mapping[str, Any],
+    keep: Sequence[str],
+) -> None:
+    """Encode the checkpoint in ``model``, or take up what an earlier run left in the folder."""
+    folder, dtype = options.folder, options.dtype
     if (folder / INDEX_NAME).exists():
         found = EncodedFolder(folder).source
-        wanted = source_of(model, config.format, keep=keep, dtype=dtype)
+        wanted = source_of(model, format, keep=keep, dtype=dtype)
         if found != wanted:
             raise InputError(
                 f"{folder} holds the encoding of {found}, not of {wanted}; give another store"
             )
     else:
-        quantize(model, folder, format=config.format, keep=keep, dtype=dtype)
-    return StreamOptions(
-        folder, dtype, device, config.device_budget, config.host_budget, config.micro_batch
-    )
+        quantize(model, folder, format=format, keep=keep, dtype=dtype)
 
 
 def attach_stream(model: PreTrainedModel, options: StreamOptions) -> None:

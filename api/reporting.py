@@ -281,9 +281,9 @@ def statistics(model: nn.Module) -> EngineStatistics:
     64000000
     >>> model.close()
     """
-    from .exporting import streamed_model_of
+    from .streamed import runtime_of
 
-    return streamed_model_of(model)._runtime.statistics()
+    return runtime_of(model).statistics()
 
 
 def report(model: nn.Module, *, tokens_per_step: int | None = None) -> Report:

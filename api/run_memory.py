@@ -13,10 +13,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-import xxhash
-
 from .errors import InputError
 from .options import TuneOptions
+from .zo_run import is_zo_run, read_run
 
 if TYPE_CHECKING:
     from .data import Rows
@@ -39,20 +38,12 @@ CHANGEABLE = frozenset(
 )
 
 
-def rows_digest(rows: Rows) -> str:
-    """Return a digest of training rows, to tell that a run goes on with the same ones."""
-    digest = xxhash.xxh3_128()
-    for array in (rows.ids, rows.is_label, rows.starts):
-        digest.update(array.data.cast("B"))
-    return digest.hexdigest()
-
-
 @final
 class RunMemory:
     """What a run writes into each commit: its options and what it measured before training."""
 
     def __init__(self, options: TuneOptions, rows: Rows) -> None:
-        self._record: dict[str, Any] = {"options": options.to_json(), "rows": rows_digest(rows)}
+        self._record: dict[str, Any] = {"options": options.to_json(), "rows": rows.digest()}
         self.loss_before: float | None = None
         self.sample_before: str | None = None
         self.num_tokens = 0
@@ -97,8 +88,6 @@ def recorded_options(store: Path, changed: Mapping[str, Any]) -> TuneOptions:
     from headrace.offload.io import DiskLanes
     from headrace.offload.store import Store
     from headrace.offload.timeline import Timeline
-
-    from .zo_run import is_zo_run, read_run
 
     if not store.is_dir():
         raise InputError(f"--resume {store}: no such folder")

@@ -14,7 +14,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -22,9 +22,7 @@ from torch import Tensor
 from headrace.quant.fold import KEPT_MODULES
 
 from .errors import InputError
-
-if TYPE_CHECKING:
-    from .streamed_model import StreamedModel
+from .streamed import StreamedModel
 
 
 class Selection(ABC):
@@ -128,12 +126,17 @@ class SlimFit(Selection):
 
     def __post_init__(self) -> None:
         _check_fraction("slimfit", self.frozen)
+        if self.frozen == 1.0:
+            raise InputError("slimfit is given the share 1: nothing would be left to train")
         if self.every < 1 or self.samples < 1:
             raise InputError(
                 f"slimfit looks every {self.every} steps at {self.samples} elements; give 1 or more"
             )
 
     def choose(self, streamed: StreamedModel) -> frozenset[str]:
+        # One object may choose for several models, one after the other.
+        self._steps = 0
+        self._moved.clear()
         self._seen = self._look(streamed)
         return frozenset(self._seen)
 
@@ -181,6 +184,10 @@ def selection_of(train: str | Sequence[str] | Selection) -> Selection:
     if isinstance(train, Selection):
         return train
     if not isinstance(train, str):
+        if not isinstance(train, Sequence) or not all(isinstance(word, str) for word in train):
+            raise InputError(f"train is {train!r}; give a word, or a list of parameter names")
+        if not train:
+            raise InputError("train names no parameter at all; give train='none' to train nothing")
         return Named(tuple(train), exact=True)
     word, _, rest = train.partition(":")
     if word == "regex" and rest:

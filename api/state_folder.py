@@ -34,11 +34,10 @@ from headrace.quant.shards import DTYPES, file_layout, tensor_bytes, write_at
 from headrace.quant.spec import TensorSpec
 
 from .errors import InputError
-from .exporting import streamed_model_of
 from .pretrained import begin_reading
 from .run_state import hyper_parameters, resident_states, restore_resident_states
 from .saving import check_new_folder, flush
-from .streamed_model import runtime_of
+from .streamed import runtime_of, streamed_model_of
 from .training import Training
 
 NAME: Final = "states.json"

@@ -21,14 +21,12 @@ from torch import Tensor, nn
 from headrace.offload.errors import HeadraceError, UnsupportedModelError
 from headrace.offload.head_weight import gathered_head
 from headrace.offload.loss import LazyLogits, StreamedHead
-from headrace.offload.runtime import Runtime
-from headrace.offload.schedule import Phase
 
 from .adapting import check_filled, fill_from_base
 from .capture import check_recording
-from .errors import InputError
 from .pretrained import converted, load_weights, mismatches, places, save_weights, stored_tensors
 from .rank_folders import check_mixed_precision
+from .streamed import StreamedModel
 from .training import Training
 
 if TYPE_CHECKING:
@@ -46,13 +44,9 @@ def _refuse_compilation() -> None:
     raise HeadraceError(_NO_COMPILATION)
 
 
-class StreamedModel(nn.Module):
-    """Mixin of every streamed model; made by ``headrace.load``, never by hand."""
+class StreamedFace(StreamedModel):
+    """What a streamed model offers to Hugging Face code, mixed into the model's own class."""
 
-    # transformers evaluates the annotations of every model class, so these stay importable.
-    _runtime: Runtime
-    _head: StreamedHead | None
-    _training_side: Training
     _replaced: bool = False  # whether a forward that replaced the model's own is running
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -143,10 +137,6 @@ class StreamedModel(nn.Module):
         parameters = (name for name, _ in self.named_parameters(remove_duplicate=False))
         return {*streamed, *buffers, *parameters}
 
-    def close(self) -> None:
-        """Flush updates, stop the lanes, free memory; the model cannot be used afterwards."""
-        self._runtime.close()
-
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Moving is the stream's business: the same device is fine, another is refused."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
@@ -234,35 +224,6 @@ class StreamedModel(nn.Module):
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: streamed layers recompute their activations by themselves."""
 
-    def chunk_tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Every chunk's real weights in host memory, one chunk at a time (copies)."""
-        runtime = self._runtime
-        runtime.flush()
-        runtime.engine.begin("forward")
-        for name in list(runtime.engine.chunks):
-            with runtime.engine.use_host(name, Phase.FORWARD) as views:
-                yield name, {n: v.clone() for n, v in views.items()}
-
-
-def runtime_of(model: nn.Module) -> Runtime:
-    """The runtime that streams ``model``: its engine, budgets, lanes and statistics.
-
-    What takes a streamed model's weights apart from its forward pass starts here, such as
-    ``headrace.zo.streamed.StreamedWeights(model, runtime_of(model), directions)``.
-
-    >>> import headrace
-    >>> model = headrace.load("model-folder", train="none", device="cpu")
-    >>> headrace.runtime_of(model).device
-    device(type='cpu')
-    >>> model.close()
-    """
-    for module in model.modules():  # wrappers, PEFT's and others, are seen through
-        if isinstance(module, StreamedModel):
-            return module._runtime
-    raise InputError(
-        f"{type(model).__name__} is not a streamed model; open it with headrace.load(...)"
-    )
-
 
 def _streamed_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     original = kind.forward
@@ -295,7 +256,7 @@ def _streamed_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def _replacement(model: StreamedModel, value: Any) -> Any:
+def _replacement(model: StreamedFace, value: Any) -> Any:
     """A forward put on the instance, made to run inside the stream."""
     inner = value.__func__ if isinstance(value, types.MethodType) else value
 
@@ -425,7 +386,7 @@ def _save_pretrained(kind: type[nn.Module]) -> Callable[..., Any]:
 
 
 def streamed_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class of the same name that is both ``kind`` and a ``StreamedModel``."""
+    """A class of the same name that is both ``kind`` and a ``StreamedFace``."""
     body: dict[str, Any] = {
         "forward": _streamed_forward(kind),
         "state_dict": _state_dict(kind),
@@ -436,4 +397,4 @@ def streamed_class(kind: type[nn.Module]) -> type[nn.Module]:
     }
     if isinstance(inspect.getattr_static(kind, "loss_function", None), property):
         body["loss_function"] = _loss_function(kind)
-    return type(kind.__name__, (StreamedModel, kind), body)
+    return type(kind.__name__, (StreamedFace, kind), body)

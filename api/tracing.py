@@ -80,7 +80,7 @@ def trace(model: nn.Module, *, every_seconds: float = 0.002) -> Iterator[Trace]:
     from headrace.offload.timeline import Span
 
     from .errors import InputError
-    from .streamed_model import runtime_of
+    from .streamed import runtime_of
 
     if not every_seconds > 0:
         raise InputError(f"every_seconds is {every_seconds}; give a time above 0")

@@ -21,12 +21,11 @@ from .exporting import write_model
 from .preparation import load_tokenizer
 from .progress import Watcher
 from .saving import check_new_folder, written_whole
+from .streamed import StreamedModel
 from .zo_run import check_plain
 
 if TYPE_CHECKING:
     from headrace.zo.replay import Replayer
-
-    from .streamed_model import StreamedModel
 
 
 @final
@@ -93,7 +92,6 @@ def replay_run(
 
 def _opened(base: str) -> StreamedModel:
     from .loading import load
-    from .streamed_model import StreamedModel
 
     path = Path(base).expanduser()
     model: Any = load(path.absolute() if path.is_dir() else base, train="none", device="cpu")

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from headrace.quant.shards import write_json
 
 from .errors import InputError
-from .run_memory import rows_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +46,7 @@ def create_run(
     record = {
         "kind": _KIND,
         "options": options.to_json(),
-        "rows": rows_digest(rows),
+        "rows": rows.digest(),
         "measured": dict(measured),
     }
     write_json(folder / RUN_NAME, record)
@@ -83,7 +82,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def check_rows(record: Mapping[str, Any], rows: Rows, folder: Path) -> None:
     """Refuse to go on with other training rows."""
-    if record["rows"] != rows_digest(rows):
+    if record["rows"] != rows.digest():
         raise InputError(
             f"{folder}: the run had other training rows; give the same data, split, sequence "
             f"length and tokenizer, or start a new run"

@@ -28,8 +28,8 @@ from .preparation import Material
 from .progress import Watcher
 from .reporting import SUMMARY_NAME, report
 from .saving import written_whole
-from .streamed_model import StreamedModel, runtime_of
-from .tuning import TuneResult, evaluated, sampled, step_event
+from .streamed import StreamedModel, runtime_of
+from .tune_result import TuneResult, evaluated, sampled, step_event
 from .zo_run import LOG_NAME, check_plain, check_rows, create_run, read_run
 
 if TYPE_CHECKING:

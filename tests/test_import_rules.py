@@ -119,6 +119,16 @@ def test_packages_import_only_what_lies_below(path: Path) -> None:
     assert used <= ALLOWED[folder], f"{name_of(path)} imports {used - ALLOWED[folder]}"
 
 
+def test_no_files_import_each_other_in_a_circle() -> None:
+    by_module = {module_of(path): path for path in ALL_SOURCES if path.name != "__init__.py"}
+    ahead = {name: imports_of(path) & by_module.keys() for name, path in by_module.items()}
+    # Take away what imports nothing that is left; what cannot be taken away goes in circles.
+    while free := [name for name, used in ahead.items() if not used & ahead.keys()]:
+        for name in free:
+            del ahead[name]
+    assert not ahead, {name: sorted(used & ahead.keys()) for name, used in ahead.items()}
+
+
 @pytest.mark.parametrize("path", ALL_SOURCES, ids=name_of)
 def test_every_file_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

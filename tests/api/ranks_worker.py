@@ -75,7 +75,7 @@ def main() -> None:
 
         Store.commit_async = dies  # type: ignore[method-assign]
     model, optimizer = opened(mode, folder, store)
-    streamed = headrace.streamed_model.runtime_of(model)
+    streamed = headrace.runtime_of(model)
     first = streamed.updates.steps if streamed.updates is not None else optimizer_steps(streamed)
     losses: list[float] = []
     for step in range(first, int(steps)):

@@ -21,7 +21,7 @@ from headrace import HeadraceConfig
 from headrace.quant.fold import default_choice
 from headrace.quant.model import encode_model, encoded_weights
 from headrace.quant.nf4 import Nf4Codec
-from headrace.streamed_model import StreamedModel
+from headrace.streamed import StreamedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
 from streaming_cases import FAMILIES, batches, make_folder, resident_model
