@@ -62,8 +62,9 @@ class TuneOptions:
     ``slimfit:SHARE`` or ``regex:PATTERN``, see ``selection``.
 
     Zeroth order (``method="zo"``, forwards only; every row of a step passes at once):
-    ``zo_method`` (``"recommended"``: ``zo_directions`` rank-1 probes in one forward; ``"mezo"``:
-    two dense ones, for models that fit a tier), ``zo_eps`` (size of a probe).
+    ``zo_method`` (``"recommended"``: ``zo_directions`` low-rank probes for every row of a batch, in
+    one forward; ``"mezo"``: two dense ones, for models that fit a tier), ``zo_eps`` (size of a
+    probe).
 
     LoRA: ``lora_rank``, ``lora_alpha``, ``lora_dropout`` on every linear layer but the head.
 
@@ -112,7 +113,7 @@ class TuneOptions:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     zo_method: ZOMethod = "recommended"
-    zo_directions: int = 15
+    zo_directions: int = 4
     zo_eps: float = 1e-3
     eval_every: int = 0
     eval_rows: int = 32

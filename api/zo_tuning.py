@@ -11,7 +11,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +65,6 @@ def tune_zo(options: TuneOptions, material: Material, watcher: Watcher, began: f
 
 def settings_of(options: TuneOptions) -> ZOSettings:
     """The method that the options name."""
-    from headrace.zo.lowrank import LowRank
-    from headrace.zo.one_sided import OneSided
     from headrace.zo.settings import ZOSettings, recommended
 
     lr, eps = options.learning_rate, options.zo_eps
@@ -79,9 +76,8 @@ def settings_of(options: TuneOptions) -> ZOSettings:
             f"--weight-decay is {options.weight_decay}; low-rank steps leave the base as it is "
             "between merges and have none: leave it out, or give --zo-method mezo"
         )
-    count = options.zo_directions
-    made = recommended(lr=lr, eps=eps, seed=options.seed)
-    return replace(made, estimator=OneSided(count), directions=LowRank(count))
+    copies, rows = options.zo_directions, options.batch_size
+    return recommended(lr=lr, eps=eps, seed=options.seed, copies=copies, examples=rows)
 
 
 def _run(
@@ -160,9 +156,9 @@ def _train(
             lr = options.learning_rate * options.lr_factor(step, steps)
 
             def objective(
-                model: nn.Module, members: int, batch: dict[str, Tensor] = batch
+                model: nn.Module, copies: int, batch: dict[str, Tensor] = batch
             ) -> list[float]:
-                return member_losses(model, batch, members)
+                return member_losses(model, batch, copies, parts=zo.settings.estimator.parts)
 
             losses.append(zo.step_together(objective, batch=step, lr=lr).loss)
             taken = time.perf_counter() - started
@@ -177,28 +173,30 @@ def _train(
     return losses, seconds
 
 
-def member_losses(model: nn.Module, batch: dict[str, Tensor], members: int) -> list[float]:
+def member_losses(
+    model: nn.Module, batch: dict[str, Tensor], copies: int, *, parts: int = 1
+) -> list[float]:
     """Mean next-token cross-entropy of every member, from one forward of a streamed model.
 
-    Logits exist for a few tokens of each row at a time: ``TILE_BYTES`` in fp32, or one token's.
-    Losses are taken in fp32 and summed in fp64.
+    ``copies`` and ``parts``: see ``causal_lm_losses``.  Logits exist for a few tokens of each row
+    at a time: ``TILE_BYTES`` in fp32, or one token's.  Losses are taken in fp32 and summed in fp64.
     """
     from headrace.zo.objective import causal_lm_losses, repeat_batch
 
     assert isinstance(model, StreamedModel)
     head = model._head
     if head is None:
-        return causal_lm_losses(model, batch, members)
+        return causal_lm_losses(model, batch, copies, parts=parts)
     labels = batch["labels"][:, 1:]
-    count = int((labels != IGNORED_LABEL).sum())
-    if not count:
+    counts = (labels != IGNORED_LABEL).view(parts, -1).sum(1).cpu()
+    if not counts.any():
         raise InputError(f"a batch of {len(labels)} rows has no label to learn from")
-    inputs = repeat_batch({n: value for n, value in batch.items() if n != "labels"}, members)
-    rows = len(labels) * members
+    inputs = repeat_batch({n: value for n, value in batch.items() if n != "labels"}, copies)
+    rows = len(labels) * copies
     sums = torch.zeros(rows, dtype=torch.float64)
     with runtime_of(model).forward_pass(rows, training=False):
         hidden, operations, vocabulary = _before_the_head(model, inputs)
-        targets = labels.repeat(members, 1).to(hidden.device)
+        targets = labels.repeat(copies, 1).to(hidden.device)
         width = max(1, TILE_BYTES // (4 * rows * vocabulary))
         for first in range(0, targets.shape[1], width):
             # All rows together: dense members split them, each with its own head.
@@ -213,7 +211,7 @@ def member_losses(model: nn.Module, batch: dict[str, Tensor], members: int) -> l
                 reduction="none",
             )
             sums += losses.view(rows, -1).double().sum(1).cpu()
-    return (sums.view(members, -1).sum(1) / count).tolist()
+    return (sums.view(copies, parts, -1).sum(2) / counts.clamp(min=1)).flatten().tolist()
 
 
 def _before_the_head(

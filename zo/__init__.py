@@ -5,6 +5,7 @@ than a resident model.
 """
 
 from .aim import ActivationSubspace, Basis, measure_basis
+from .common_right import CommonRight
 from .control import Clip, RmsScale, Standardize
 from .dense import Dense
 from .log import ReplayLog, StepRecord, read_log
@@ -12,6 +13,7 @@ from .lowrank import LowRank
 from .noise import Kind
 from .objective import causal_lm_losses, label_word_losses
 from .one_sided import OneSided
+from .per_example import PerExample
 from .perturb import Rounding
 from .random_subspace import CoreAdam, RandomSubspace
 from .replay import fingerprint, replay
@@ -23,11 +25,13 @@ __all__ = [
     "ActivationSubspace",
     "Basis",
     "Clip",
+    "CommonRight",
     "CoreAdam",
     "Dense",
     "Kind",
     "LowRank",
     "OneSided",
+    "PerExample",
     "RandomSubspace",
     "ReplayLog",
     "RmsScale",

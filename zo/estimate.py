@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One forward of a step: weights at ``w + sign * eps * direction``."""
+    """One evaluation of a step: weights at ``w + sign * eps * direction``."""
 
     direction: int
     sign: int
@@ -33,9 +33,19 @@ class Estimator(ABC):
     def directions(self) -> int:
         """Number of directions that a step probes."""
 
+    @property
+    def parts(self) -> int:
+        """Equal parts of a batch that have members of their own; 1: a member sees all rows."""
+        return 1
+
+    @property
+    def copies(self) -> int:
+        """How often a step evaluates the batch: its forwards."""
+        return len(self.members()) // self.parts
+
     @abstractmethod
     def members(self) -> tuple[Member, ...]:
-        """Forwards of a step, in the order in which losses are given."""
+        """Evaluations of a step, in the order in which losses are given: copies, then parts."""
 
     @abstractmethod
     def projected_grads(self, losses: Sequence[float], eps: float) -> tuple[float, ...]:
@@ -45,7 +55,8 @@ class Estimator(ABC):
         """Refuse a wrong number of losses or a probe scale that cannot be divided by."""
         expected = len(self.members())
         if len(losses) != expected:
-            raise ValueError(f"a step has {expected} members, got {len(losses)} losses")
+            shape = f" ({self.copies} copies of {self.parts} parts)" if self.parts > 1 else ""
+            raise ValueError(f"a step has {expected} members{shape}, got {len(losses)} losses")
         check_eps(eps)
 
 

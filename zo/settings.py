@@ -16,6 +16,7 @@ from typing import Any, final
 
 from ..offload.errors import StoreFormatError
 from .aim import ActivationSubspace, Basis
+from .common_right import CommonRight
 from .control import Clip, Control, RmsScale, Standardize
 from .dense import Dense
 from .directions import Directions
@@ -24,6 +25,7 @@ from .log import StepRecord
 from .lowrank import LowRank
 from .noise import Kind, check_seed
 from .one_sided import OneSided
+from .per_example import PerExample
 from .perturb import Rounding, StepUpdate
 from .random_subspace import CoreAdam, RandomSubspace
 from .two_point import TwoPoint
@@ -86,23 +88,33 @@ class ZOSettings:
         return made
 
 
-def recommended(*, lr: float = 1e-2, eps: float = 1e-3, seed: int = 0) -> ZOSettings:
-    """The method to begin with: 15 one-sided rank-1 probes in one forward, scaled steps.
+def recommended(
+    *, lr: float = 3e-2, eps: float = 1e-3, seed: int = 0, copies: int = 4, examples: int = 16
+) -> ZOSettings:
+    """The method to begin with: every example has one-sided low-rank probes of its own.
 
-    One weight load and one base matmul serve all probes, nothing is written between merges, and
+    A step is ``copies`` forwards of a batch, made as one; every one of ``examples`` equal parts of
+    the batch (rows, if there are as many) meets ``copies`` directions that no other part meets.
+    One weight load and one base matmul serve them all, nothing is written between merges, and
     updates collect in fp32 factors, so that none is lost to the rounding of 16-bit weights.  The
     running root mean square takes the scale of the loss out of ``lr``: it is the typical step of a
-    weight times the square root of the number of directions.
+    weight times the square root of the number of directions, ``copies * examples``.
+
+    ``examples=1`` is for objectives that are one number for the whole batch (``ZOStep.step``).
 
     >>> recommended().estimator
+    PerExample(copies=4, examples=16)
+    >>> recommended(copies=15, examples=1).estimator
     OneSided(count=15, baseline='leave_one_out')
     """
+    alone = examples == 1
+    estimator = OneSided(copies) if alone else PerExample(copies, examples)
     return ZOSettings(
         lr=lr,
         eps=eps,
         seed=seed,
-        estimator=OneSided(15),
-        directions=LowRank(15),
+        estimator=estimator,
+        directions=CommonRight(estimator.directions),
         controls=(RmsScale(),),
     )
 
@@ -128,8 +140,10 @@ def _bricks() -> dict[str, type]:
         ZOSettings,
         TwoPoint,
         OneSided,
+        PerExample,
         Dense,
         LowRank,
+        CommonRight,
         RandomSubspace,
         CoreAdam,
         ActivationSubspace,

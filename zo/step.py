@@ -198,6 +198,13 @@ class ZOStep:
 
     def losses_of(self, objective: Objective, members: Sequence[int]) -> list[float]:
         """The objective for some members of the coming step, by their index."""
+        parts = self._settings.estimator.parts
+        if parts > 1:
+            raise ValueError(
+                f"{type(self._settings.estimator).__name__} has members for each of {parts} parts "
+                "of a batch and needs a loss of each part: call step_together, or use OneSided "
+                "(recommended(examples=1)) for an objective that is one number"
+            )
         seed = step_seed(self._settings.seed, self._next_step)
         known = self._settings.estimator.members()
         losses = []
@@ -209,15 +216,17 @@ class ZOStep:
     def step_together(
         self, objective: MemberObjective, *, batch: int = 0, lr: float | None = None
     ) -> StepResult:
-        """Evaluate all members in one forward: ``objective(model, members) -> losses``.
+        """Evaluate all members in one forward: ``objective(model, copies) -> losses``.
 
-        The objective repeats its batch ``members`` times along the batch axis (member after
-        member) and returns one loss each; ``objective.causal_lm_losses`` does.  Low-rank only.
+        The objective repeats its batch ``copies`` times along the batch axis (copy after copy) and
+        returns one loss each; ``objective.causal_lm_losses`` does.  An estimator with ``parts``
+        (``PerExample``) needs a loss of every part of every copy, copies first: the helpers'
+        ``parts``.  Low-rank only.
         """
         seed = step_seed(self._settings.seed, self._next_step)
-        members = self._settings.estimator.members()
-        with torch.no_grad(), self.evaluating(members, seed):
-            losses = [float(loss) for loss in objective(self._model, len(members))]
+        estimator = self._settings.estimator
+        with torch.no_grad(), self.evaluating(estimator.members(), seed):
+            losses = [float(loss) for loss in objective(self._model, estimator.copies)]
         return self.finish_step(losses, batch=batch, lr=lr)
 
     @contextlib.contextmanager

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .objective import causal_lm_losses
 from .settings import ZOSettings
 from .step import ZOStep
 
 Metric = Callable[[nn.Module, dict[str, Any]], float]
+PartLosses = Callable[..., Sequence[float]]
 
 
 @final
@@ -28,6 +30,11 @@ class ZOTrainer(Trainer):
     ``settings``: the method.  ``log``: path of the replay log (must not exist).  ``objective``:
     ``(model, inputs) -> float`` to minimise, differentiable or not; by default the Trainer's own
     loss.  ``select``: which parameters train (see ``ZOStep``).
+
+    An estimator with directions for every example (``PerExample``, of ``recommended()``) needs a
+    loss of every part of a batch: ``part_losses``, a function with ``causal_lm_losses``'s
+    arguments, which is also the default.  Batches must split into its parts: have as many rows
+    (``dataloader_drop_last=True`` leaves out a last one with fewer).
 
     Dropout is off while members are evaluated, as the comparison of their losses demands.  Refuses
     gradient accumulation (use larger batches) and ``resume_from_checkpoint`` (the log with the base
@@ -40,6 +47,7 @@ class ZOTrainer(Trainer):
         settings: ZOSettings,
         log: str | os.PathLike[str] | None = None,
         objective: Metric | None = None,
+        part_losses: PartLosses | None = None,
         select: Callable[[str, nn.Parameter], bool] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -50,7 +58,16 @@ class ZOTrainer(Trainer):
                 "gradient_accumulation_steps=1 and raise per_device_train_batch_size (got "
                 f"{self.args.gradient_accumulation_steps})"
             )
+        self._parts = settings.estimator.parts
+        given = "part_losses" if objective is None else "objective"
+        if (objective is not None and self._parts > 1) or (part_losses and self._parts == 1):
+            raise ValueError(
+                f"{type(settings.estimator).__name__} evaluates {self._parts} parts of a batch and "
+                f"cannot use {given}: objective is for estimators of whole batches "
+                "(recommended(examples=1)), part_losses for PerExample"
+            )
         self._objective = objective
+        self._part_losses = part_losses or causal_lm_losses
         if not isinstance(self.model, nn.Module):
             raise ValueError("ZOTrainer needs model= or model_init=")
         self.zo = ZOStep(self.model, settings, log=log, select=select)
@@ -92,10 +109,15 @@ class ZOTrainer(Trainer):
                 loss = self.compute_loss(model, prepared, num_items_in_batch=num_items_in_batch)
             return float(loss[0] if isinstance(loss, tuple) else loss)
 
+        def together(_: nn.Module, copies: int) -> Sequence[float]:
+            return self._part_losses(model, prepared, copies, parts=self._parts)
+
+        step, lr = self.state.global_step, self._get_learning_rate()
         try:
-            result = self.zo.step(
-                evaluate, batch=self.state.global_step, lr=self._get_learning_rate()
-            )
+            if self._parts > 1:
+                result = self.zo.step_together(together, batch=step, lr=lr)
+            else:
+                result = self.zo.step(evaluate, batch=step, lr=lr)
         finally:
             model.train(was_training)
         return torch.tensor(result.loss, device=self.args.device)

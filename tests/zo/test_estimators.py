@@ -13,9 +13,16 @@ from headrace.zo.control import Clip, RmsScale, Standardize, apply_controls
 from headrace.zo.estimate import Estimator, Member
 from headrace.zo.noise import Kind, noise, step_seed
 from headrace.zo.one_sided import OneSided
+from headrace.zo.per_example import PerExample
 from headrace.zo.two_point import TwoPoint
 
-ESTIMATORS = [TwoPoint(1), TwoPoint(4), OneSided(8), OneSided(4, baseline="centre")]
+ESTIMATORS = [
+    TwoPoint(1),
+    TwoPoint(4),
+    OneSided(8),
+    OneSided(4, baseline="centre"),
+    PerExample(3, 4),
+]
 
 
 def test_two_point_is_mezo() -> None:
@@ -38,6 +45,27 @@ def test_one_sided_ignores_a_shift_of_the_loss(shift: float, losses: list[float]
         plain = estimator.projected_grads(losses, 1.0)
         moved = estimator.projected_grads([loss + shift for loss in losses], 1.0)
         assert moved == pytest.approx(plain, abs=1e-9)
+
+
+@given(losses=st.lists(st.floats(-10, 10), min_size=12, max_size=12), shift=st.floats(-1e3, 1e3))
+def test_an_example_is_compared_with_itself_only(losses: list[float], shift: float) -> None:
+    grads = PerExample(copies=3, examples=4).projected_grads(losses, 0.5)
+    alone = OneSided(3).projected_grads(losses[1::4], 0.5)
+    assert grads[1::4] == pytest.approx(alone, abs=1e-9)
+    moved = [loss + shift * (member % 4 == 2) for member, loss in enumerate(losses)]
+    again = PerExample(copies=3, examples=4).projected_grads(moved, 0.5)
+    assert again == pytest.approx(grads, abs=1e-9)
+
+
+def test_copies_and_parts() -> None:
+    assert (PerExample(3, 4).copies, PerExample(3, 4).parts) == (3, 4)
+    assert (TwoPoint(2).copies, TwoPoint(2).parts) == (4, 1)
+    with pytest.raises(ValueError, match=r"12 members \(3 copies of 4 parts\), got 3 losses"):
+        PerExample(3, 4).projected_grads([1.0] * 3, 1e-3)
+    with pytest.raises(ValueError, match="copies must be at least 2"):
+        PerExample(1, 4)
+    with pytest.raises(ValueError, match="examples must be positive"):
+        PerExample(2, 0)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

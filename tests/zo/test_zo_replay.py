@@ -33,7 +33,7 @@ METHODS = {
     "low rank": ZOSettings(
         lr=1e-3, estimator=OneSided(4), directions=LowRank(4, steps=7), controls=(RmsScale(),)
     ),
-    "recommended": recommended(),
+    "recommended": recommended(copies=2, examples=3),
 }
 
 
@@ -48,7 +48,15 @@ def live(settings: ZOSettings, log: Path, steps: int, width: int = 24) -> dict[s
     zo = ZOStep(model, settings, log=log)
     for step in range(steps):
         x = torch.randn(3, width, generator=torch.Generator().manual_seed(step)).bfloat16()
-        zo.step(lambda m, x=x: float((m(x) - x.sin()).float().square().mean()), batch=step)
+
+        def losses(m: nn.Module, copies: int, x: Tensor = x) -> list[float]:
+            errors = (m(x.repeat(copies, 1)) - x.sin().repeat(copies, 1)).float().square()
+            return errors.view(copies * settings.estimator.parts, -1).mean(1).tolist()
+
+        if settings.estimator.parts > 1:
+            zo.step_together(losses, batch=step)
+        else:
+            zo.step(lambda m, losses=losses: losses(m, 1)[0], batch=step)
     zo.close()
     return dict(zo.export())
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from headrace.offload.errors import StoreFormatError
+from headrace.zo.common_right import CommonRight
 from headrace.zo.control import Clip, RmsScale
 from headrace.zo.dense import Dense
 from headrace.zo.factored import FactoredTrace
@@ -22,6 +23,7 @@ from headrace.zo.lowrank import LowRank
 from headrace.zo.noise import Kind, assign_streams, reference_noise, step_seed
 from headrace.zo.objective import causal_lm_losses
 from headrace.zo.one_sided import OneSided
+from headrace.zo.per_example import PerExample
 from headrace.zo.perturb import Rounding
 from headrace.zo.random_subspace import CoreAdam, RandomSubspace
 from headrace.zo.replay import fingerprint, replay
@@ -135,6 +137,9 @@ METHODS = {
     "low rank 2": ZOSettings(
         lr=1e-3, estimator=TwoPoint(2), directions=LowRank(2, rank=2, steps=4)
     ),
+    "common right": ZOSettings(
+        lr=1e-3, estimator=OneSided(4), directions=CommonRight(4, rank=2, steps=3)
+    ),
     "subspace": ZOSettings(
         lr=1e-3, estimator=OneSided(4), directions=RandomSubspace(4, 6, 3), controls=(Clip(50.0),)
     ),
@@ -179,7 +184,9 @@ def test_replay_and_resume_give_the_live_bits(method: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("method", ["low rank", "low rank 2", "subspace", "subspace adam"])
+@pytest.mark.parametrize(
+    "method", ["low rank", "low rank 2", "common right", "subspace", "subspace adam"]
+)
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_factored_forward_equals_dense_weights(
     make: Callable[[torch.dtype], nn.Module], method: str, embeddings: bool
@@ -216,6 +223,59 @@ def test_factored_forward_equals_dense_weights(
         assert together == pytest.approx(explicit, abs=1e-6)
         result = zo.step_together(lambda m, n, batch=batch: causal_lm_losses(m, batch, n))
         assert list(result.record.losses) == together
+
+
+def test_rows_of_a_batch_meet_directions_of_their_own() -> None:
+    """Every row alone, under explicit dense weights, in the order copies, then rows."""
+    settings = ZOSettings(lr=1e-2, estimator=PerExample(2, 3), directions=CommonRight(6, steps=3))
+    model = llama(torch.float64)
+    zo = ZOStep(model, settings)
+    for batch in batches(4):
+        step, seed = zo.next_step, step_seed(settings.seed, zo.next_step)
+        stored = weights_of(model)
+        explicit = []
+        for member in range(6):
+            with torch.no_grad():
+                for name in zo.trained_names:
+                    trace = zo._traces[name]
+                    assert isinstance(trace, FactoredTrace)
+                    window = trace.window(step)
+                    left = window.directions(seed)[member].double() * settings.eps
+                    if window.left is not None:
+                        left += window.left
+                    weight = model.get_parameter(name)
+                    weight.copy_(stored[name] + left @ window.right.double().T)
+                row = {name: rows[member % 3 : member % 3 + 1] for name, rows in batch.items()}
+                explicit.append(causal_lm_losses(model, row, 1)[0])
+                model.load_state_dict(stored)
+        result = zo.step_together(
+            lambda m, n, batch=batch: causal_lm_losses(m, batch, n, parts=3), batch=step
+        )
+        assert list(result.record.losses) == pytest.approx(explicit, abs=1e-6)
+
+
+def test_a_row_without_labels_moves_nothing() -> None:
+    settings = ZOSettings(estimator=PerExample(2, 3), directions=CommonRight(6))
+    zo = ZOStep(llama(), settings)
+    batch = batches(1)[0]
+    labels = batch["labels"].clone()
+    labels[1] = -100
+    part = {**batch, "labels": labels}
+    record = zo.step_together(lambda m, n: causal_lm_losses(m, part, n, parts=3)).record
+    assert [grad != 0 for grad in record.grads] == [True, False, True] * 2
+
+
+def test_parts_need_a_loss_each_and_rows_to_split() -> None:
+    zo = ZOStep(llama(), ZOSettings(estimator=PerExample(2, 3), directions=CommonRight(6)))
+    batch = batches(1)[0]
+    with pytest.raises(ValueError, match="call step_together"):
+        zo.step(loss_of(batch))
+    with pytest.raises(ValueError, match="2 copies of 3 parts"):
+        zo.step_together(lambda m, n: causal_lm_losses(m, batch, n))
+    two = {name: rows[:2] for name, rows in batch.items()}
+    with pytest.raises(ValueError, match="2 rows does not split into 3"):
+        zo.step_together(lambda m, n: causal_lm_losses(m, two, n, parts=3))
+    assert zo.next_step == 0
 
 
 def test_window_is_merged_lazily_and_exactly() -> None:

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import headrace
 from headrace.offload.budget import Tier
+from headrace.zo.common_right import CommonRight
 from headrace.zo.dense import Dense
 from headrace.zo.lowrank import LowRank
 from headrace.zo.noise import Kind
 from headrace.zo.objective import causal_lm_losses
 from headrace.zo.one_sided import OneSided
+from headrace.zo.per_example import PerExample
 from headrace.zo.random_subspace import RandomSubspace
 from headrace.zo.settings import ZOSettings
 from headrace.zo.step import ZOStep
@@ -28,6 +30,9 @@ METHODS = {
     "mezo": ZOSettings(lr=1e-3, weight_decay=0.1),
     "mezo 3": ZOSettings(lr=1e-3, estimator=TwoPoint(3), directions=Dense(Kind.IRWIN_HALL)),
     "low rank": ZOSettings(lr=1e-2, estimator=OneSided(4), directions=LowRank(4, steps=2)),
+    "per example": ZOSettings(
+        lr=1e-2, estimator=PerExample(2, 2), directions=CommonRight(4, steps=2)
+    ),
     "subspace": ZOSettings(lr=1e-3, estimator=OneSided(4), directions=RandomSubspace(4, 6, 2)),
 }
 CONFIGS = {
@@ -60,8 +65,8 @@ def batches(count: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": part, "labels": part} for part in ids]
 
 
-def objective(batch: dict[str, Tensor]) -> Callable[[nn.Module, int], list[float]]:
-    return lambda model, members: causal_lm_losses(model, batch, members)
+def objective(batch: dict[str, Tensor], parts: int = 1) -> Callable[[nn.Module, int], list[float]]:
+    return lambda model, copies: causal_lm_losses(model, batch, copies, parts=parts)
 
 
 def one(batch: dict[str, Tensor]) -> Callable[[nn.Module], Any]:
@@ -75,7 +80,8 @@ def resident_run(
     zo = ZOStep(model, settings, select=lambda name, _: name in names)
     losses = []
     for batch in batches(STEPS):
-        step = zo.step_together(objective(batch)) if together else zo.step(one(batch))
+        parts = settings.estimator.parts
+        step = zo.step_together(objective(batch, parts)) if together else zo.step(one(batch))
         losses.append(step.record.losses)
     return losses, dict(zo.export())
 
@@ -117,7 +123,8 @@ def test_streamed_step_has_the_resident_bits(
     model = opened(folder, room)
     weights = StreamedWeights(model, headrace.runtime_of(model), settings.directions)
     zo = ZOStep(model, settings, weights=weights, log=tmp_path / "log")
-    losses = [zo.step_together(objective(b)).record.losses for b in batches(STEPS)]
+    parts = settings.estimator.parts
+    losses = [zo.step_together(objective(b, parts)).record.losses for b in batches(STEPS)]
     exported = dict(zo.export())
     zo.close()
     # A resident dense member runs alone, as it does inside a streamed visit.
