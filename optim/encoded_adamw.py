@@ -1,8 +1,7 @@
 """AdamW and Lion with encoded states as fused update rules.
 
-Each is the fast path of a ``BrickRule``, with its states, and equals it: bit for bit, but for the
-rounding of ``"int8_dynamic"`` within 2^-20 of the middle between two codes.  Tensors that are not
-on the CPU go through the bricks.
+Each is the fast path of a ``BrickRule``, with its states, and equals it bit for bit.  Tensors that
+are not on the CPU go through the bricks.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from .brick_rule import BrickRule
 from .host.bits import host_view
 from .host.coat import adamw_coat
 from .host.companded import adamw_companded, lion_companded
-from .host.dynamic import adamw_dynamic
+from .host.dynamic import adamw_dynamic, dynamic_tables
+from .host.machine import permutes_bytes
 from .host.masters import no_extra
 from .lion import Lion
 from .masters import FullMaster, MasterName, SplitMaster, check_master, master_of
@@ -117,11 +117,11 @@ class EncodedRule:
             return
         scalars = AdamScalars.of(hyper, step).packed()
         second = [host_view(states[f"exp_avg_sq.{part}"]) for part in _PARTS[self._states]]
+        arguments = (w, extra, g, *first, *second, scalars, element_offset, low, high)
         match self._states:
             case "int8":
-                kernel = adamw_companded
+                adamw_companded(*arguments)
             case "int8_dynamic":
-                kernel = adamw_dynamic
+                adamw_dynamic(*arguments, dynamic_tables(wide=permutes_bytes()))
             case _:
-                kernel = adamw_coat
-        kernel(w, extra, g, *first, *second, scalars, element_offset, low, high)
+                adamw_coat(*arguments)

@@ -1,22 +1,37 @@
 """Fused AdamW with bitsandbytes' 8-bit states (``quant.int8_blockwise``): one pass.
 
-Codes are found by arithmetic, not by search: the map is seven decades, each cut evenly, so that
-comparisons find the decade and one multiplication the place in it.  A value within 2^-20 of
-the middle between two codes may get either: there, and only there, this path may differ from the
-reference codec, by one code.  Second moments that are not zero
-never get code 0, as in the ``int8_dynamic`` encoding.
+Codes are estimated by arithmetic, not searched: the map is seven decades, each cut evenly, so that
+comparisons find the decade and one multiplication the place in it.  The estimate is the code or
+the one below it; comparing the value with the middle between the two decides, exactly as the
+codec does.  Second moments that are not zero never get code 0, as in the ``int8_dynamic`` encoding.
+
+There are two paths with the same bits: loops that any processor runs, and ``dynamic_lanes`` for
+those that permute bytes.  The type of ``tables`` picks one: uint8 for the latter; an empty float32
+array for the loops, whose tables are constants: the compiler knows that no argument points there.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+import torch
+from numba import carray, njit, types
+from numba.extending import overload
 
-from ...quant.tables import dynamic_map
+from ...quant.tables import code_table, dynamic_map
 from .adamw import adam_step
 from .bits import F32, I32, KERNEL_OPTIONS, U32, float_bits, load
+from .dynamic_lanes import (
+    LOWERED,
+    decode_positive_row,
+    decode_signed_row,
+    encode_positive_row,
+    encode_signed_row,
+    lane_tables,
+)
 from .masters import read_master, write_master
 from .rows import padded, rows, scale_of
 from .scratch import TILE, tile_pointer
@@ -25,31 +40,48 @@ from .scratch import TILE, tile_pointer
 BLOCK = 256
 BLOCKS = TILE // BLOCK
 
-
-def _tables(signed: bool) -> tuple[Any, Any, Any]:
-    """Return the map, the middles that bound decades 0 .. 7, and the scale of each decade."""
-    values = np.array(dynamic_map(signed=signed), dtype=np.float32)
-    positive = values[values >= 0]
-    middles = (positive[:-1] + positive[1:]) / np.float32(2)
-    first = 1 if signed else 2
-    bounds = [middles[0]] + [middles[(first << i) - (first - 1) - 1] for i in range(1, 7)]
-    scales = [np.float32(10.0 ** (6 - i) * (first << i) / 0.9) for i in range(7)]
-    return values, (*bounds, middles[-1]), tuple(scales)
+#: The decades' lower edges but the first's, and codes of the lowest decade over its width.
+_EDGES = tuple(F32(10.0 ** (decade - 7)) for decade in range(1, 7))
+_PER_UNIT = tuple(F32(10.0 ** (6 - decade) * (1 << decade) / 0.9) for decade in range(7))
 
 
-_SIGNED, _SIGNED_BOUNDS, _SIGNED_SCALES = _tables(True)
-_POSITIVE, _POSITIVE_BOUNDS, _POSITIVE_SCALES = _tables(False)
+def _maps() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the values of the signed and the positive map, and the middles above zero of each."""
+    tables = [
+        code_table(dynamic_map(signed=signed), torch.device("cpu")) for signed in (True, False)
+    ]
+    middles = [table.midpoints.numpy() for table in tables]
+    return [table.values.numpy() for table in tables], [one[one > 0] for one in middles]
+
+
+(_SIGNED, _POSITIVE), (_SIGNED_MIDDLES, _POSITIVE_MIDDLES) = (
+    # Any uint8 is an index.
+    [np.pad(one, (0, 256 - one.shape[0])) for one in kind]
+    for kind in _maps()
+)
+
+
+@functools.cache
+def dynamic_tables(*, wide: bool) -> np.ndarray:
+    """Return the argument that picks a path, and holds its tables if it is the wide one.
+
+    ``wide``: the path for processors that permute bytes (``machine.permutes_bytes``).
+    """
+    return lane_tables(*_maps()) if wide else np.empty(0, np.float32)
 
 
 @njit(**KERNEL_OPTIONS)
-def rank_of(x: Any, bounds: Any, scales: Any, first: Any) -> Any:
-    """Return first - 1 + the rank of the value nearest to x in 0 .. 1 among those not negative."""
-    t0, t1, t2, t3, t4, t5, t6, t7 = bounds
-    s0, s1, s2, s3, s4, s5, s6 = scales
-    high = x > t4
-    pair = x > (t6 if high else t2)
-    # Decade 7 does not exist: nothing is beyond its bound.
-    odd = x > ((F32(2.0) if pair else t5) if high else (t3 if pair else t1))
+def estimated_rank(x: Any, first: Any) -> Any:
+    """Return the rank of 0 .. 1 among the values that are not negative, or the rank below it.
+
+    ``first``: how many values the lowest decade has.
+    """
+    e1, e2, e3, e4, e5, e6 = _EDGES
+    s0, s1, s2, s3, s4, s5, s6 = _PER_UNIT
+    high = x > e4
+    pair = x > (e6 if high else e2)
+    # Decade 7 does not exist: nothing is beyond its edge.
+    odd = x > ((F32(2.0) if pair else e5) if high else (e3 if pair else e1))
     scale = (
         (s6 if pair else (s5 if odd else s4))
         if high
@@ -58,27 +90,103 @@ def rank_of(x: Any, bounds: Any, scales: Any, first: Any) -> Any:
     low = F32(16.0) * first if high else first
     low = F32(low * F32(4.0)) if pair else low
     low = F32(low * F32(2.0)) if odd else low
-    place = F32(F32(x * scale) + F32(low * F32(8.0 / 9.0)))
-    # Above the decade's last interval, but below the middle to the next decade's first value.
-    rank = I32(min(place, F32(F32(low + low) - F32(0.5))))
-    rank = I32(rank + I32(1)) if x > t7 else rank
-    return rank if x > t0 else I32(first - F32(1.0))
+    place = F32(F32(F32(x * scale) * first) + F32(low * F32(8.0 / 9.0)))
+    return np.uint8(U32(I32(F32(place - F32(first - F32(1.0 - LOWERED))))))
 
 
 @njit(**KERNEL_OPTIONS)
-def encode_signed(value: Any, factor: Any) -> Any:
-    """Return the code of a value; the map is symmetric but for its last value, one."""
-    rank = rank_of(abs(F32(value * factor)), _SIGNED_BOUNDS, _SIGNED_SCALES, F32(1.0))
-    below = I32(I32(127) - min(rank, I32(127)))
-    return np.uint8(below if value < F32(0.0) else I32(I32(127) + rank))
+def signed_code(x: Any, rank: Any, middle: Any) -> Any:
+    """Return the code of -1 .. 1, given the rank or the one below it, and the middle above that.
+
+    The map is symmetric but for its last value, one; ties go to the lower value.
+    """
+    magnitude = abs(x)
+    below = I32(I32(126) - I32(rank) if magnitude >= middle else I32(127) - I32(rank))
+    above = I32(I32(128) + I32(rank) if magnitude > middle else I32(127) + I32(rank))
+    return np.uint8(max(below, I32(0)) if x < F32(0.0) else above)
 
 
 @njit(**KERNEL_OPTIONS)
-def encode_positive(value: Any, factor: Any) -> Any:
-    """Return the code of a value that is not negative; zero alone gets code 0."""
-    rank = rank_of(F32(value * factor), _POSITIVE_BOUNDS, _POSITIVE_SCALES, F32(2.0))
-    code = I32(rank - I32(1))
+def positive_code(value: Any, x: Any, rank: Any, middle: Any) -> Any:
+    """Return the code of 0 .. 1, ``value`` before it was scaled; zero alone gets code 0."""
+    code = I32(I32(rank) + I32(1) if x > middle else I32(rank))
     return np.uint8(max(code, I32(1)) if value > F32(0.0) else code)
+
+
+def decode_signed(codes: Any, tables: Any, values: Any) -> None:
+    """Write the values of a block's codes (compiled code only)."""
+    raise TypeError("decode_signed() exists in compiled kernels only")
+
+
+def decode_positive(codes: Any, tables: Any, values: Any) -> None:
+    """Write the values of a block's codes, of the positive map (compiled code only)."""
+    raise TypeError("decode_positive() exists in compiled kernels only")
+
+
+def encode_signed(values: Any, factor: Any, tables: Any, codes: Any) -> None:
+    """Write the codes of a block of finite values times a factor (compiled code only)."""
+    raise TypeError("encode_signed() exists in compiled kernels only")
+
+
+def encode_positive(values: Any, factor: Any, tables: Any, codes: Any) -> None:
+    """Write the codes of a block of finite values, none negative (compiled code only)."""
+    raise TypeError("encode_positive() exists in compiled kernels only")
+
+
+@overload(decode_signed, strict=False)
+def _decode_signed(codes: Any, tables: Any, values: Any) -> Callable[..., Any]:
+    if tables.dtype == types.uint8:
+        return lambda codes, tables, values: decode_signed_row(codes, tables, values)
+
+    def one_by_one(codes: Any, tables: Any, values: Any) -> None:
+        for j in range(BLOCK):
+            values[j] = _SIGNED[codes[j]]
+
+    return one_by_one
+
+
+@overload(decode_positive, strict=False)
+def _decode_positive(codes: Any, tables: Any, values: Any) -> Callable[..., Any]:
+    if tables.dtype == types.uint8:
+        return lambda codes, tables, values: decode_positive_row(codes, tables, values)
+
+    def one_by_one(codes: Any, tables: Any, values: Any) -> None:
+        for j in range(BLOCK):
+            values[j] = _POSITIVE[codes[j]]
+
+    return one_by_one
+
+
+@overload(encode_signed, strict=False)
+def _encode_signed(values: Any, factor: Any, tables: Any, codes: Any) -> Callable[..., Any]:
+    if tables.dtype == types.uint8:
+        return lambda values, factor, tables, codes: encode_signed_row(
+            values, factor, tables, codes
+        )
+
+    def one_by_one(values: Any, factor: Any, tables: Any, codes: Any) -> None:
+        for j in range(BLOCK):
+            x = F32(values[j] * factor)
+            rank = estimated_rank(abs(x), F32(1.0))
+            codes[j] = signed_code(x, rank, _SIGNED_MIDDLES[rank])
+
+    return one_by_one
+
+
+@overload(encode_positive, strict=False)
+def _encode_positive(values: Any, factor: Any, tables: Any, codes: Any) -> Callable[..., Any]:
+    if tables.dtype == types.uint8:
+        return lambda values, factor, tables, codes: encode_positive_row(
+            values, factor, tables, codes
+        )
+
+    def one_by_one(values: Any, factor: Any, tables: Any, codes: Any) -> None:
+        for j in range(BLOCK):
+            x = F32(values[j] * factor)
+            rank = estimated_rank(x, F32(2.0))
+            codes[j] = positive_code(values[j], x, rank, _POSITIVE_MIDDLES[rank])
+
+    return one_by_one
 
 
 @njit(**KERNEL_OPTIONS)
@@ -90,7 +198,7 @@ def into_unit(scale: Any) -> Any:
 @njit(**KERNEL_OPTIONS)
 def adamw_blocks(
     weight: Any, extra: Any, grad: Any, m_codes: Any, m_scale: Any, v_codes: Any, v_scale: Any,
-    scalars: Any, offset: Any, low_key: Any, high_key: Any, short: Any,
+    scalars: Any, offset: Any, low_key: Any, high_key: Any, tables: Any, short: Any,
 ) -> None:  # fmt: skip
     """Update whole blocks; ``offset`` is the first element's index, a multiple of the block.
 
@@ -107,10 +215,8 @@ def adamw_blocks(
         mb, vb = m[0], v[0]
         m_step, v_step = m_scale[row], v_scale[row]
         m_worst, v_worst = U32(0), U32(0)
-        for j in range(BLOCK):
-            mb[j] = _SIGNED[mc[j]]
-        for j in range(BLOCK):
-            vb[j] = _POSITIVE[vc[j]]
+        decode_signed(mc, tables, mb)
+        decode_positive(vc, tables, vb)
         for j in range(BLOCK):
             old_m, old_v = F32(mb[j] * m_step), F32(vb[j] * v_step)
             p = read_master(w, e, j)
@@ -124,26 +230,34 @@ def adamw_blocks(
             m_floor, v_floor = max(m_scale[row], F32(1e-38)), max(v_scale[row], F32(1e-38))
             for j in range(BLOCK):
                 # Divided here, so that the factor is one: x / floor is not x * (1 / floor).
-                mb[j], vb[j] = F32(mb[j] / m_floor), F32(vb[j] / v_floor)
+                quotient = F32(vb[j] / v_floor)
+                lost = vb[j] > F32(0.0) and quotient == F32(0.0)
+                mb[j] = F32(mb[j] / m_floor)
+                vb[j] = F32(1e-45) if lost else quotient
         m_factor = F32(1.0) if short else into_unit(m_scale[row])
         v_factor = F32(1.0) if short else into_unit(v_scale[row])
-        for j in range(BLOCK):
-            mc[j] = encode_signed(mb[j], m_factor)
-        for j in range(BLOCK):
-            vc[j] = encode_positive(vb[j], v_factor)
+        # A block that is not finite is NaN whatever its codes; NaN has the codec's last one.
+        if m_scale[row] == m_scale[row]:
+            encode_signed(mb, m_factor, tables, mc)
+        else:
+            mc[:] = np.uint8(255)
+        if v_scale[row] == v_scale[row]:
+            encode_positive(vb, v_factor, tables, vc)
+        else:
+            vc[:] = np.uint8(255)
 
 
 @njit(**KERNEL_OPTIONS)
 def adamw_dynamic(
     weight: Any, extra: Any, grad: Any, m_codes: Any, m_scale: Any, v_codes: Any, v_scale: Any,
-    scalars: Any, offset: Any, low_key: Any, high_key: Any,
+    scalars: Any, offset: Any, low_key: Any, high_key: Any, tables: Any,
 ) -> None:  # fmt: skip
     """Update one range; ``offset`` is the first element's index, a multiple of the block."""
     blocks = weight.shape[0] // BLOCK
     end = blocks * BLOCK
     adamw_blocks(
         weight[:end], extra[:end], grad[:end], m_codes[:end], m_scale[:blocks], v_codes[:end],
-        v_scale[:blocks], scalars, offset, low_key, high_key, False,
+        v_scale[:blocks], scalars, offset, low_key, high_key, tables, False,
     )  # fmt: skip
     if end < weight.shape[0]:
         # A short last block is padded with zeros, which change neither scale.
@@ -152,7 +266,7 @@ def adamw_dynamic(
         mc[weight.shape[0] - end :] = np.uint8(127)  # the signed map's zero
         adamw_blocks(
             w, e, g, mc, m_scale[blocks:], vc, v_scale[blocks:], scalars, offset + end, low_key,
-            high_key, True,
+            high_key, tables, True,
         )  # fmt: skip
         left = weight.shape[0] - end
         weight[end:], m_codes[end:], v_codes[end:] = w[:left], mc[:left], vc[:left]
