@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from streaming_cases import batches, make_folder, streamed_steps
+from transformers import AutoModelForCausalLM
 
 import headrace
 from headrace.errors import InputError
@@ -24,24 +25,12 @@ RECIPES: dict[str, Callable[[Any], Any]] = {
     "galore_adamw": lambda model: galore_adamw(model, lr=1e-2, rank=4, update_proj_gap=2),
 }
 
+IDS = batches(8, rows=2, tokens=8)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(5)
-    config = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    )
-    target = tmp_path_factory.mktemp("model")
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(target)
-    return target
+    return make_folder("qwen2", tmp_path_factory.mktemp("model"), torch.bfloat16)
 
 
 def opened(folder: Path, store: Path, host_budget: str = "16MB") -> Any:
@@ -55,29 +44,16 @@ def opened(folder: Path, store: Path, host_budget: str = "16MB") -> Any:
     )
 
 
-def steps(model: Any, optimizer: Any, numbers: range) -> list[float]:
-    losses = []
-    for number in numbers:
-        generator = torch.Generator().manual_seed(number)
-        ids = torch.randint(3, 97, (2, 8), generator=generator)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_a_run_goes_on_from_exported_weights_and_states(
     recipe: str, folder: Path, tmp_path: Path
 ) -> None:
     model = opened(folder, tmp_path / "first")
     optimizer = RECIPES[recipe](model)
-    steps(model, optimizer, range(3))
+    streamed_steps(model, optimizer, IDS[:3])
     headrace.export(model, tmp_path / "weights")
     headrace.export_states(model, tmp_path / "states")
-    expected = steps(model, optimizer, range(3, 6))
+    expected = streamed_steps(model, optimizer, IDS[3:6])
     model.close()
 
     # Another placement: nothing fits beside what moves, so states stream in other tiles.
@@ -85,7 +61,7 @@ def test_a_run_goes_on_from_exported_weights_and_states(
     optimizer = RECIPES[recipe](again)
     # A master holds bits that the exported weights lack: it must come from the folder.
     headrace.import_states(again, tmp_path / "states")
-    assert steps(again, optimizer, range(3, 6)) == expected
+    assert streamed_steps(again, optimizer, IDS[3:6]) == expected
     again.close()
 
 
@@ -93,7 +69,7 @@ def test_a_run_goes_on_from_exported_weights_and_states(
 def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("exported")
     model = opened(folder, place / "store")
-    steps(model, adamw(model, lr=1e-2), range(1))
+    streamed_steps(model, adamw(model, lr=1e-2), IDS[:1])
     headrace.export_states(model, place / "states")
     model.close()
     return place / "states"
@@ -167,15 +143,15 @@ def test_a_damaged_folder_is_refused_and_changes_nothing(
     bad = damaged(exported, tmp_path / "bad", change)
     model = opened(folder, tmp_path / "store")
     optimizer = adamw(model, lr=1e-2)
-    before = steps(model, optimizer, range(2))
+    before = streamed_steps(model, optimizer, IDS[:2])
     with pytest.raises(SourceError, match=reason):
         headrace.import_states(model, bad)
     assert len(before) == 2
-    after = steps(model, optimizer, range(2, 3))
+    after = streamed_steps(model, optimizer, IDS[2:3])
     model.close()
 
     untouched = opened(folder, tmp_path / "untouched")
-    assert steps(untouched, adamw(untouched, lr=1e-2), range(3)) == before + after
+    assert streamed_steps(untouched, adamw(untouched, lr=1e-2), IDS[:3]) == before + after
     untouched.close()
 
 
