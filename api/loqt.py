@@ -15,6 +15,7 @@ Memory beside the budgets: rank + 16 columns of each adapted matrix, twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ def start(model: nn.Module, batch: Mapping[str, Tensor], *, seed: int = 0) -> No
         headrace.loqt.start(tuned, batch)
     """
     layers = dict(_plain_layers(model))
+    for name, layer in layers.items():
+        largest = min(layer.in_features, layer.out_features)
+        if _rank(layer) > largest:
+            raise InputError(
+                f"{name}: the rank {_rank(layer)} is above {largest}, the most that its matrix "
+                f"can have; give it less (rank_pattern=), or leave it out"
+            )
     sketches: dict[str, Tensor] = {}
     mixes: dict[str, Tensor] = {}
     for place, (name, layer) in enumerate(layers.items()):
@@ -57,11 +65,21 @@ def start(model: nn.Module, batch: Mapping[str, Tensor], *, seed: int = 0) -> No
         for name, layer in layers.items()
     ]
     try:
-        model(**batch).loss.backward()
+        loss = model(**batch).loss
+        if loss is None:
+            raise InputError("the batch gives no loss to take a gradient of; give it 'labels'")
+        loss.backward()
+        value = float(loss.detach())
     finally:
         for handle in handles:
             handle.remove()
         model.zero_grad()
+    for name, sketch in sketches.items():
+        if not bool(torch.isfinite(sketch).all()) or not bool(sketch.any()):
+            raise InputError(
+                f"{name}: its gradient is zero, or not finite (the loss is {value:g}); give "
+                f"a batch with labels to learn from, and adapt only layers that it goes through"
+            )
     with torch.no_grad():
         for name, layer in layers.items():
             adapter = layer.active_adapters[0]
@@ -86,7 +104,7 @@ def merge_steps(steps: int, *, first: int = 100, growth: float = 1.2) -> list[in
     >>> merge_steps(500)
     [100, 220, 364]
     """
-    if first < 1 or growth < 1.0:
+    if first < 1 or not 1.0 <= growth < math.inf:
         raise InputError(f"gaps begin at {first} and grow by {growth}; give 1 or more for both")
     found: list[int] = []
     gap, at = float(first), float(first)

@@ -139,3 +139,21 @@ def test_what_loqt_cannot_train_is_refused(tmp_path: Path) -> None:
     base.close()
     with pytest.raises(InputError, match="gaps"):
         loqt.merge_steps(10, first=0)
+
+
+def test_gradients_that_say_nothing_are_refused(tmp_path: Path) -> None:
+    folder = make_folder("llama", tmp_path / "model")
+    ids = batches(1)[0]
+    base = headrace.load(folder, train="adapters", **BUDGETS)
+    model = adapted(base)
+    with pytest.raises(InputError, match="labels"):
+        loqt.start(model, {"input_ids": ids})
+    with pytest.raises(InputError, match=r"q_proj: its gradient is zero, or not finite"):
+        loqt.start(model, {"input_ids": ids, "labels": torch.full_like(ids, -100)})
+    base.close()
+    base = headrace.load(folder, train="adapters", **BUDGETS)
+    with pytest.raises(InputError, match=r"v_proj: the rank 20 is above 16"):
+        loqt.start(adapted(base, r=20), as_batch(ids))
+    base.close()
+    with pytest.raises(InputError, match="gaps"):
+        loqt.merge_steps(10, growth=float("nan"))

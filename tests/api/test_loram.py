@@ -167,3 +167,30 @@ def test_what_cannot_be_pruned_or_recovered_is_refused(
     base.close()
     assert main(["recover", str(tmp_path / "tuned"), "--out", str(tmp_path / "whole")]) == 2
     assert "kept.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["empty", "no base", "gone", "short", "beyond", "silent"])
+def test_a_damaged_record_of_what_was_kept_is_refused(tmp_path: Path, damage: str) -> None:
+    folder = make_folder("llama", tmp_path / "model")
+    headrace.prune(folder, tmp_path / "small", keep=0.5, **_budgets())
+    base = headrace.load(tmp_path / "small", train="adapters", **BUDGETS)
+    trained(base, tmp_path / "tuned", steps=1)
+    base.close()
+    path = tmp_path / "small" / "kept.json"
+    record = json.loads(path.read_text())
+    kept: dict[str, list[int]] = record["kept"]
+    changed, said = {
+        "empty": ({}, "damaged"),
+        "no base": ({**record, "base": 3}, "damaged"),
+        "gone": ({**record, "base": str(tmp_path / "gone")}, "no such model folder"),
+        "short": ({**record, "kept": {n: [*rows, 0] for n, rows in kept.items()}}, "together"),
+        "beyond": (
+            {**record, "kept": {n: [*rows[1:], 10**6] for n, rows in kept.items()}},
+            "together",
+        ),
+        "silent": ({**record, "kept": {}}, "does not say what"),
+    }[damage]
+    path.write_text(json.dumps(changed))
+    with pytest.raises(InputError, match=said):
+        headrace.recover(tmp_path / "tuned", tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()

@@ -183,6 +183,10 @@ def test_a_selected_run_resumes_with_its_selection(folder: Path, tmp_path: Path)
         ("regex:[", "no regular expression"),
         ("regex:nothing_like_it", "no parameter of LlamaForCausalLM"),
         (["model.norm.bias"], "no parameter of LlamaForCausalLM"),
+        ("slimfit:1", "nothing would be left"),
+        ([], "names no parameter at all"),
+        (["model.norm.weight", 3], "list of parameter names"),
+        (None, "list of parameter names"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(
@@ -210,3 +214,15 @@ def test_a_selection_needs_weights_that_can_be_trained(folder: Path, tmp_path: P
     )
     with pytest.raises(InputError, match="--method full"):
         options.check()
+
+
+def test_one_slimfit_may_choose_for_two_models(folder: Path, tmp_path: Path) -> None:
+    selection = SlimFit(0.5, every=1)
+    selection._moved["a matrix of another model"] = 0.0
+    selection._steps = 7
+    model = headrace.load(folder, train=selection, store=tmp_path / "store", **BUDGETS)
+    chosen = {name for name, p in model.named_parameters() if p.requires_grad}
+    selection.after_step(model)
+    left = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert left < chosen and 2 * len(left) == len(chosen)
+    model.close()
