@@ -48,23 +48,25 @@ def test_write_perturbed_is_the_formula(kind: Kind, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", list(Kind))
 @pytest.mark.parametrize("decay", [1.0, 0.999])
-def test_update_is_the_formula(kind: Kind, dtype: torch.dtype, decay: float) -> None:
-    weight = weights(1001, dtype)
+@pytest.mark.parametrize("count", [1001, 9001])  # a kernel takes large tensors in larger groups
+def test_update_is_the_formula(kind: Kind, dtype: torch.dtype, decay: float, count: int) -> None:
+    weight = weights(count, dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    total = torch.zeros(1001)
+    total = torch.zeros(count)
     for direction, grad in enumerate((3.0, -0.6, 0.015)):
-        total = total + z_of(kind, 77, direction, 5, 1001) * f32(1e-3 * grad / 3)
+        total = total + z_of(kind, 77, direction, 5, count) * f32(1e-3 * grad / 3)
     expected = (weight.to(wide) * f32(decay) - total).to(dtype)
     step = StepUpdate(seed=77, lr=1e-3, grads=(3.0, -0.6, 0.015), decay=decay)
     apply_update(weight, [step], kind=kind, stream=42, start=5)
     assert torch.equal(weight, expected)
 
 
-def test_stochastic_rounding_is_the_formula() -> None:
-    weight = weights(1001, torch.bfloat16)
-    value = weight.float() - z_of(Kind.GAUSSIAN, 7, 0, 3, 1001) * f32(1e-4)
-    words = philox.block_words(0, 126, seed=7, stream=42 ^ Factor.ROUNDING, direction=0)
-    random = philox.halves_from_words(words)[3 : 3 + 1001]
+@pytest.mark.parametrize("count", [1001, 9001])
+def test_stochastic_rounding_is_the_formula(count: int) -> None:
+    weight = weights(count, torch.bfloat16)
+    value = weight.float() - z_of(Kind.GAUSSIAN, 7, 0, 3, count) * f32(1e-4)
+    words = philox.block_words(0, 1 + count // 8, seed=7, stream=42 ^ Factor.ROUNDING, direction=0)
+    random = philox.halves_from_words(words)[3 : 3 + count]
     bits = (value.view(torch.int32) + random) & -65536
     step = StepUpdate(seed=7, lr=1e-4, grads=(1.0,))
     apply_update(
@@ -102,6 +104,17 @@ def test_any_tiling_gives_the_same_bits(dtype: torch.dtype, cuts: list[int], sta
         write_perturbed(out_tiled[low:high], tiled[low:high], start=start + low, **probe)
     assert torch.equal(whole, tiled)
     assert torch.equal(out_whole, out_tiled)
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("start", [0, 2**34 - 777])
+def test_large_and_small_ranges_give_the_same_bits(kind: Kind, start: int) -> None:
+    steps = [StepUpdate(seed=s, lr=1e-3, grads=(2.0, 4.0)) for s in (1, 2)]
+    whole, tiled = weights(20_000, torch.bfloat16), weights(20_000, torch.bfloat16)
+    apply_update(whole, steps, kind=kind, stream=8, start=start)
+    for low, high in itertools.pairwise([0, 1, 700, 9_500, 12_000, 20_000]):
+        apply_update(tiled[low:high], steps, kind=kind, stream=8, start=start + low)
+    assert torch.equal(whole, tiled)
 
 
 def test_many_steps_in_one_call_equal_many_calls() -> None:

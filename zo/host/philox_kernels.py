@@ -1,9 +1,10 @@
 """Numba kernels of the generator: Philox4x32-10 words and the maps from words to noise.
 
 Bits are those of ``zo.philox`` on every CPU: no fast-math, no fused multiply-add.  Blocks are made
-many at a time in structure-of-arrays form, words ``x[4, LANES]``, which is what lets LLVM use the
-vector units.  Gaussian and byte-sum noise keeps that form, *planes* ``[4, LANES]``: element
-``4 * block + plane`` of a group.  Signs are made in the order of elements, 128 a block.
+many at a time in structure-of-arrays form, words ``x[4 n, LANES]`` (four rows a group of LANES
+blocks), which is what lets LLVM use the vector units; several groups in one call share its set-up.
+Gaussian and byte-sum noise keeps that form, *planes* ``[4 n, LANES]``: element ``4 * lane + plane``
+of a group.  Signs are made in the order of elements, 128 a block.
 """
 
 from __future__ import annotations
@@ -42,32 +43,43 @@ def split_seed(seed: int) -> tuple[np.uint32, np.uint32]:
 
 @njit(**OPTIONS)
 def words(x, first_block, k0, k1, stream, direction):  # type: ignore[no-untyped-def]
-    """Fill x[4, LANES] with the words of consecutive blocks; first_block is a multiple of LANES."""
-    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
-    low, high = _u8(first_block) & _LOW, _u8(first_block) >> _HALF
+    """Fill x[4 n, LANES] with the words of consecutive blocks, LANES of them in every four rows.
+
+    ``first_block`` is a multiple of the number of blocks, a power of two.
+    """
     # Words live in 64-bit lanes whose upper halves hold rubbish: a multiplication reads the lower
     # halves only, so that a round is two multiplications, two shifts and two xors.  Two blocks
     # (a, b) take turns, because a round waits for the one before it.
-    for lane in range(LANES // 2):
-        other = lane + LANES // 2
-        a0, a1, a2, a3 = low + _u8(lane), high, _u8(stream), _u8(direction)
-        b0, b1, b2, b3 = low + _u8(other), high, _u8(stream), _u8(direction)
-        q0, q1 = _u8(k0), _u8(k1)
-        for _ in range(10):
-            a_low = (a0 & _LOW) * _M0
-            b_low = (b0 & _LOW) * _M0
-            a_high = (a2 & _LOW) * _M1
-            b_high = (b2 & _LOW) * _M1
-            a0 = (a_high >> _HALF) ^ a1 ^ q0
-            b0 = (b_high >> _HALF) ^ b1 ^ q0
-            a1, b1 = a_high, b_high
-            a2 = (a_low >> _HALF) ^ a3 ^ q1
-            b2 = (b_low >> _HALF) ^ b3 ^ q1
-            a3, b3 = a_low, b_low
-            q0 = q0 + _W0
-            q1 = q1 + _W1
-        x0[lane], x1[lane], x2[lane], x3[lane] = _u4(a0), _u4(a1), _u4(a2), _u4(a3)
-        x0[other], x1[other], x2[other], x3[other] = _u4(b0), _u4(b1), _u4(b2), _u4(b3)
+    high = _u8(first_block) >> _HALF
+    for group in range(x.shape[0] // 4):
+        x0, x1, x2, x3 = x[4 * group], x[4 * group + 1], x[4 * group + 2], x[4 * group + 3]
+        low = (_u8(first_block) & _LOW) + _u8(group) * _u8(LANES)
+        for lane in range(LANES // 2):
+            other = lane + LANES // 2
+            a0, a1, a2, a3 = low + _u8(lane), high, _u8(stream), _u8(direction)
+            b0, b1, b2, b3 = low + _u8(other), high, _u8(stream), _u8(direction)
+            q0, q1 = _u8(k0), _u8(k1)
+            for _ in range(10):
+                a_low = (a0 & _LOW) * _M0
+                b_low = (b0 & _LOW) * _M0
+                a_high = (a2 & _LOW) * _M1
+                b_high = (b2 & _LOW) * _M1
+                a0 = (a_high >> _HALF) ^ a1 ^ q0
+                b0 = (b_high >> _HALF) ^ b1 ^ q0
+                a1, b1 = a_high, b_high
+                a2 = (a_low >> _HALF) ^ a3 ^ q1
+                b2 = (b_low >> _HALF) ^ b3 ^ q1
+                a3, b3 = a_low, b_low
+                q0 = q0 + _W0
+                q1 = q1 + _W1
+            x0[lane], x1[lane], x2[lane], x3[lane] = _u4(a0), _u4(a1), _u4(a2), _u4(a3)
+            x0[other], x1[other], x2[other], x3[other] = _u4(b0), _u4(b1), _u4(b2), _u4(b3)
+
+
+@njit(inline="always")
+def _with_sign(value, word):  # type: ignore[no-untyped-def]
+    """``value``, negated if the upper bit of ``word`` is set."""
+    return _u4(_f4(value).view(np.uint32) ^ _u4(word & _u4(1 << 31))).view(np.float32)
 
 
 @njit(inline="always")
@@ -86,16 +98,16 @@ def box_muller(a, b):  # type: ignore[no-untyped-def]
     log_u = _f4(_i4(exponent - _i4(32))) * _LN2 + (q * t * t + t)
     square = log_u * _f4(-2.0)
     radius = np.sqrt(square if square > _f4(0.0) else _f4(0.0))
-    quarter = _u4(_u4(b + _u4(1 << 29)) >> _u4(30))
-    turns = (_f4(_i4(_u4(b - _u4(quarter << _u4(30))))) + _f4(0.5)) * _INV_2_32
+    # The upper two bits of ``moved`` are the nearest quarter turn: odd ones swap sine and cosine,
+    # the upper bit is the sign of the sine, and that of ``moved`` and a quarter more the cosine's.
+    moved = _u4(b + _u4(1 << 29))
+    turns = (_f4(_i4(_u4(b - _u4(moved & _u4(3 << 30))))) + _f4(0.5)) * _INV_2_32
     s2 = turns * turns
     sine = (((_S3 * s2 + _S2) * s2 + _S1) * s2 + _S0) * turns
     cosine = ((_C3 * s2 + _C2) * s2 + _C1) * s2 + _C0
-    odd = (quarter & _u4(1)) != _u4(0)
-    s = cosine if odd else sine
-    c = sine if odd else cosine
-    s = -s if (quarter & _u4(2)) != _u4(0) else s
-    c = -c if (_u4(quarter + _u4(1)) & _u4(2)) != _u4(0) else c
+    odd = _u4(moved & _u4(1 << 30)) != _u4(0)
+    s = _with_sign(cosine if odd else sine, moved)
+    c = _with_sign(sine if odd else cosine, _u4(moved + _u4(1 << 30)))
     return radius * c, radius * s
 
 
@@ -120,14 +132,14 @@ def signed(value, word, bit):  # type: ignore[no-untyped-def]
 
 @njit(**OPTIONS)
 def planes(y, x, kind):  # type: ignore[no-untyped-def]
-    """Fill y[4, LANES] with the Gaussian or byte-sum noise of the words x[4, LANES]."""
+    """Fill y[4 n, LANES] with the Gaussian or byte-sum noise of the words x[4 n, LANES]."""
     if kind == 0:
-        for pair in range(0, 4, 2):
+        for pair in range(0, x.shape[0], 2):
             a, b, c, d = x[pair], x[pair + 1], y[pair], y[pair + 1]
             for lane in range(LANES):
                 c[lane], d[lane] = box_muller(a[lane], b[lane])
     else:
-        for plane in range(4):
+        for plane in range(x.shape[0]):
             a, c = x[plane], y[plane]
             for lane in range(LANES):
                 c[lane] = byte_sum(a[lane])
@@ -160,15 +172,15 @@ def _add_normals(c, d, a, b, scale, first):  # type: ignore[no-untyped-def]
 
 @njit(**OPTIONS)
 def add_gaussian(total, x, scale, first):  # type: ignore[no-untyped-def]
-    """``total[4, LANES] += scale * z`` (``= 0 + scale * z`` if first); z is never stored."""
-    _add_normals(total[0], total[1], x[0], x[1], scale, first)
-    _add_normals(total[2], total[3], x[2], x[3], scale, first)
+    """``total[4 n, LANES] += scale * z`` (``= 0 + scale * z`` if first); z is never stored."""
+    for row in range(0, x.shape[0], 2):
+        _add_normals(total[row], total[row + 1], x[row], x[row + 1], scale, first)
 
 
 @njit(**OPTIONS)
 def add_byte_sums(total, x, scale, first):  # type: ignore[no-untyped-def]
     """``add_gaussian`` for byte sums."""
-    for plane in range(4):
+    for plane in range(x.shape[0]):
         a, c = x[plane], total[plane]
         if first:
             for lane in range(LANES):

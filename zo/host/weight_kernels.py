@@ -86,7 +86,7 @@ def _halves(h, first_block, k0, k1, stream, x):  # type: ignore[no-untyped-def]
         # A group of 4 a block is half of what the generator makes at a time.
         first = (first_block // _u8(LANES)) * _u8(LANES) + _u8(part * LANES)
         skip = _i8(first_block % _u8(LANES))
-        words(x, first, k0, k1, stream, _u4(0))
+        words(x[:4], first, k0, k1, stream, _u4(0))
         for lane in range(skip, min(LANES, skip + h.shape[0] // 8)):
             at = 8 * (part * LANES + lane - skip)
             for plane in range(4):
@@ -96,18 +96,18 @@ def _halves(h, first_block, k0, k1, stream, x):  # type: ignore[no-untyped-def]
 
 @njit(**OPTIONS)
 def _to_planes(w, natural):  # type: ignore[no-untyped-def]
-    for plane in range(4):
-        row = w[plane]
-        for lane in range(row.shape[0]):
-            row[lane] = natural[4 * lane + plane]
+    for plane in range(w.shape[0]):
+        row, part = w[plane], natural[4 * LANES * (plane // 4) + plane % 4 :]
+        for lane in range(LANES):
+            row[lane] = part[4 * lane]
 
 
 @njit(**OPTIONS)
 def _from_planes(natural, w):  # type: ignore[no-untyped-def]
-    for plane in range(4):
-        row = w[plane]
-        for lane in range(row.shape[0]):
-            natural[4 * lane + plane] = row[lane]
+    for plane in range(w.shape[0]):
+        row, part = w[plane], natural[4 * LANES * (plane // 4) + plane % 4 :]
+        for lane in range(LANES):
+            part[4 * lane] = row[lane]
 
 
 @njit(**OPTIONS)
@@ -151,16 +151,19 @@ def _take(w, total, decay, bfloat16):  # type: ignore[no-untyped-def]
 def _update(
     weight, bfloat16, stochastic, kind, start, k0, k1, stream, rounding, directions, scales, decays
 ):  # type: ignore[no-untyped-def]
-    size = group_elements(kind)
-    x = np.empty((4, LANES), np.uint32)
+    count = weight.shape[0]
+    # Small tensors would make more noise than they need.
+    together = 4 if kind != 2 and count >= 16 * group_elements(kind) else 1
+    size = together * group_elements(kind)
+    x = np.empty((4 * together, LANES), np.uint32)
     h = np.empty(size, np.uint32)
     natural = np.zeros(size, np.float32)
     total = np.empty(size, np.float32)
     w = np.empty(size, np.float32)
-    w_planes = w.reshape((4, size // 4))
-    total_planes = total.reshape((4, size // 4))
-    h_planes = np.empty(size, np.uint32).reshape((4, size // 4))
-    count = weight.shape[0]
+    rows = size // LANES if kind != 2 else 4
+    w_planes = w.reshape((rows, size // rows))
+    total_planes = total.reshape((rows, size // rows))
+    h_planes = np.empty(size, np.uint32).reshape((rows, size // rows))
     steps, probes = scales.shape
     for group in range(start // size, (start + count + size - 1) // size):
         offset = group * size - start
@@ -173,7 +176,7 @@ def _update(
             _to_planes(w_planes, natural)
         for step in range(steps):
             for probe in range(probes):
-                at = _u8(LANES) * _u8(group)
+                at = _u8(together * LANES) * _u8(group)
                 words(x, at, k0[step], k1[step], stream, directions[probe])
                 if kind == 0:
                     add_gaussian(total_planes, x, scales[step, probe], probe == 0)
