@@ -337,7 +337,10 @@ def _add_quantize(commands: Any) -> None:
     command.add_argument(
         "--format",
         default="nf4",
-        choices=("nf4", "fp4", "int8", "int4", "fp8", "mxfp4", "mxfp8", "nvfp4", "hqq", "gptq"),
+        choices=(
+            *("nf4", "nf4-fitted", "fp4", "int8", "int4", "fp8"),
+            *("mxfp4", "mxfp8", "nvfp4", "hqq", "gptq"),
+        ),
         help="of the linear layers' weights (default: nf4)",
     )
     command.add_argument(

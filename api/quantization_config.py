@@ -23,6 +23,7 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from headrace.quant.calibrated import WORDS_WITHOUT_DATA, encode_calibrated
 from headrace.quant.codec import Codec
 from headrace.quant.foreign_layouts import foreign_settings, foreign_tensors
 from headrace.quant.linear import EncodedModule, part_parameter_name
@@ -93,6 +94,11 @@ class HeadraceConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call]
             raise InputError(f"quant_method is {quant_method!r}; this configuration is {METHOD!r}")
         if layout not in LAYOUTS:
             raise InputError(f"layout is {layout!r}; choose one of {', '.join(LAYOUTS)}")
+        if format == "gptq" and not weights:
+            raise InputError(
+                "GPTQ's codes are chosen by calibration data, which from_pretrained does not see: "
+                "headrace quantize --calibration writes a folder that it opens; or use format 'hqq'"
+            )
         if store is None and (device_budget, host_budget, micro_batch) != (None, None, None):
             raise InputError("budgets and micro_batch are of a streamed model: give store='FOLDER'")
         self.quant_method = METHOD  # type: ignore[assignment]
@@ -244,7 +250,10 @@ class HeadraceQuantizer(HfQuantizer):  # type: ignore[no-untyped-call]
             self._refused.append(f"{name!r} holds {count} values that are NaN or infinite")
             return
         exact = value.transpose(-2, -1) if planned.transposed else value
-        parts = planned.codec.encode(exact.contiguous())
+        if self.quantization_config.format in WORDS_WITHOUT_DATA:
+            parts = encode_calibrated(exact.contiguous(), None, planned.codec).parts
+        else:
+            parts = planned.codec.encode(exact.contiguous())
         self._digests[name] = parts_digest(
             {part: checksum(value.cpu()) for part, value in parts.items()}
         )

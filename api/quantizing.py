@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from headrace.offload.chunk import ChunkLayout
 from headrace.offload.source import SafetensorsIndex
-from headrace.quant.calibrated import encode_calibrated
+from headrace.quant.calibrated import WORDS_WITHOUT_DATA, encode_calibrated
 from headrace.quant.codec import Codec
 from headrace.quant.fold import PendingTensor, TensorReport, encode_folder
 from headrace.quant.folder import INDEX_NAME, EncodedFolder
@@ -78,17 +78,18 @@ def quantize(
     """Encode the linear layers of a model (fused experts too) into the folder ``out``.
 
     ``format`` is a word (``nf4``, ``fp4``, ``int8``, ``int4``, ``fp8``, ``mxfp4``, ``mxfp8``,
-    ``nvfp4``, ``hqq``, ``gptq``), a codec, or a codec's parameters.  Embeddings, the head, norms,
-    routers and the modules that ``keep`` names (in full, or by the end of their name) keep their
-    type.  One chunk is in memory at a time.  An interrupted run goes on where it stopped; a
-    finished folder is refused.  ``on_tensor`` hears the error of every tensor.
+    ``nvfp4``, ``nf4-fitted``, ``hqq``, ``gptq``), a codec, or a codec's parameters.  Embeddings,
+    the head, norms, routers and the modules that ``keep`` names (in full, or by the end of their
+    name) keep their type.  One chunk is in memory at a time.  An interrupted run goes on where it
+    stopped; a finished folder is refused.  ``on_tensor`` hears the error of every tensor.
 
     ``calibration`` (``read_calibration`` makes it of a JSONL file) chooses codes by GPTQ: layer by
     layer on ``device``, activations in files between layers, the checkpoint read twice, a layer
     held twice.  ``gptq`` means INT4 in groups of 128 and needs it; ``hqq`` (INT4 with a minimum)
-    needs no data.  ``eora_rank`` above 0 adds ``OUT/eora``, a LoRA adapter that makes up for most
-    of what the encoding lost and is where fine-tuning should begin; stacks of experts get none,
-    which is said in a warning.
+    and ``nf4-fitted`` (NF4 whose scales give the least error, so not the bytes that bitsandbytes
+    would choose, though it reads them) need none.  ``eora_rank`` above 0 adds ``OUT/eora``, a
+    LoRA adapter that makes up for most of what the encoding lost and is where fine-tuning should
+    begin; stacks of experts get none, which is said in a warning.
 
     >>> import headrace
     >>> reports = []
@@ -133,7 +134,7 @@ def quantize(
             encode: Encode | None = None
             if slot.name in planned and calibrator is not None and chunk.role is Role.LAYER:
                 encode = calibrator.encoder(chunk, slot.name)
-            elif slot.name in planned and format == "hqq":
+            elif slot.name in planned and format in WORDS_WITHOUT_DATA:
                 encode = _without_data
             read = _reader(reader, layout, slot.name)
             pending.append(PendingTensor(slot.name, spec, read, encode))

@@ -20,21 +20,26 @@ from .blocks import BlockCodec, RowCodec
 from .codec import Codec, Shape
 from .eora import eora
 from .gptq import InputMoments, gptq, output_error
+from .gptq_refine import fitted_parts
 from .hqq import hqq
 from .int4_group import Int4GroupCodec
+from .nf4 import Nf4Codec
 
-#: Format words that name a way to encode rather than a codec.
-CALIBRATED_WORDS: Final = ("gptq", "hqq")
+#: Format words that name a way to encode rather than a codec, and those that need no data.
+CALIBRATED_WORDS: Final = ("gptq", "hqq", "nf4-fitted")
+WORDS_WITHOUT_DATA: Final = ("hqq", "nf4-fitted")
 
 
 def calibrated_codec(word: str, shape: Shape) -> Codec:
-    """Return the codec that ``"gptq"`` or ``"hqq"`` stands for, for a weight of this shape.
+    """Return the codec that one of ``CALIBRATED_WORDS`` stands for, for a weight of this shape.
 
     >>> calibrated_codec("hqq", (64, 96)).block_size
     32
     """
     if word == "gptq":
         return Int4GroupCodec()
+    if word == "nf4-fitted":
+        return Nf4Codec()
     if word == "hqq":
         width = next((width for width in (64, 32, 16) if shape[-1] % width == 0), 0)
         return Int4GroupCodec(block_size=width, mode="affine", scale_dtype="float16")
@@ -138,9 +143,9 @@ def encode_calibrated(
     """Encode a matrix (out, in), or (in, out) with ``inputs_first``, or a stack of them.
 
     Affine INT4 codes are chosen by HQQ, those of other block codecs by GPTQ if there are moments;
-    without moments codes are the nearest ones.  ``eora_rank`` above 0 adds the correction of a
-    matrix.  Stacks get none: PEFT adapts a stack by adding to the whole of it, which an encoded
-    one that is read expert by expert does not allow.
+    without moments the scales are fitted to the weight (``fitted_parts``).  ``eora_rank`` above 0
+    adds the correction of a matrix.  Stacks get none: PEFT adapts a stack by adding to the whole of
+    it, which an encoded one that is read expert by expert does not allow.
     """
     if weight.ndim < 2 or not isinstance(codec, BlockCodec):
         raise ValueError(
@@ -153,7 +158,7 @@ def encode_calibrated(
     if isinstance(codec, Int4GroupCodec) and codec.mode == "affine":
         parts = hqq(weight, codec)
     elif moments is None:
-        parts = codec.encode(weight)
+        parts = fitted_parts(weight, codec)
     else:
         parts = _gptq(weight, moments, codec, inputs_first=inputs_first)
     if moments is None:

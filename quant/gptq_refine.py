@@ -3,7 +3,8 @@
 GPTQ decides a column once, before those that follow.  Here every column is looked at again with
 all others in place (cyclic coordinate descent, as CDQuant and QuantEase do it, 2023-24), and the
 scales of a row's blocks are solved for together by least squares in the norm of the outputs.
-Scales are chosen freely: whoever decodes the layout multiplies by what is stored.
+Scales are chosen freely: whoever decodes the layout multiplies by what is stored.  ``fitted_parts``
+does so much of it as needs no data.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .blocks import BlockCodec
+from .blocks import BlockCodec, FlatCodec
 from .four_bit import FourBitTableCodec, decode_magnitudes, encode_magnitudes
 from .int4_group import Int4GroupCodec
 from .scales import SCALE_DTYPES, SMALLEST_SUBNORMAL
-from .tables import CodeTable
+from .tables import CodeTable, code_table, pack_nibbles
 
 COLUMNS_AT_ONCE = 128  # columns whose corrections are applied to the rest together
 _SMALLEST_SHARE, _LARGEST_SHARE, _SHARES = 0.6, 1.15, 23
@@ -83,6 +84,43 @@ def searched_multipliers(
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, tried, best)
     return best
+
+
+def fitted_parts(weight: Tensor, codec: BlockCodec) -> dict[str, Tensor]:
+    """Encode with the multiplier of each block that gives the least squared error; no data.
+
+    A magnitude below the block's largest one cuts that off and rounds the others on a finer grid:
+    NF4 of normally distributed weights has 14 % less squared error so, in the same bytes and for
+    the same decoder.  A short last block, and codecs that leave nothing free, are encoded as
+    ``codec.encode`` does.  Memory: as ``searched_multipliers``.
+
+    >>> from .nf4 import Nf4Codec
+    >>> weight, codec = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), Nf4Codec()
+    >>> fitted, nearest = fitted_parts(weight, codec), codec.encode(weight)
+    >>> errors = [(codec.decode(p, (64, 64)) - weight).square().sum() for p in (fitted, nearest)]
+    >>> bool(errors[0] < 0.9 * errors[1])
+    True
+    """
+    parts = codec.encode(weight)
+    columns = weight.shape[-1] if weight.ndim else 1
+    width = free_block_width(codec, weight.numel() if isinstance(codec, FlatCodec) else columns)
+    if not width or not weight.numel():
+        return parts
+    table = code_table(codec.code_values(), weight.device)
+    flat = weight.detach().to(torch.float32).reshape(-1, width)
+    searched = searched_multipliers(
+        flat, flat.new_ones(width), block_multipliers(codec, parts), table
+    )
+    parts = with_multipliers(codec, parts, searched)
+    scale = block_multipliers(codec, parts)[:, None]
+    unit = torch.where(scale != 0, flat / scale, torch.zeros_like(flat))
+    codes = table.nearest(unit)
+    if isinstance(codec, FlatCodec):
+        codes = codes.reshape(1, -1)
+    else:
+        codes = codes.reshape(weight.shape)
+    packed = pack_nibbles(codes, high_first=codec.high_first, padding=codec.zero_code)
+    return parts | {"codes": packed.reshape(parts["codes"].shape)}
 
 
 def _block_error(blocks: Tensor, weights: Tensor, scale: Tensor, table: CodeTable) -> Tensor:

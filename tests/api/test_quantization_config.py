@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import headrace
 from headrace import HeadraceConfig
 from headrace.quant.fold import default_choice
+from headrace.quant.folder import EncodedFolder
 from headrace.quant.model import encode_model, encoded_weights
 from headrace.quant.nf4 import Nf4Codec
 from headrace.streamed import StreamedModel
@@ -282,3 +283,22 @@ def test_both_ways_to_a_foreign_folder_write_the_same_tensors(
         json.loads((tmp_path / d / "config.json").read_text()) for d in ("saved", "streamed")
     ]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def test_words_that_are_ways_to_encode_do_the_same_here_as_on_disk(tmp_path: Path) -> None:
+    folder = make_folder("mixtral", tmp_path, torch.bfloat16)
+    for word in ("nf4-fitted", "hqq"):
+        written = headrace.quantize(folder, tmp_path / word, format=word)
+        for name, weight in encoded_weights(encoded(folder, format=word)).items():
+            parts = written.read_parts(name)
+            mine = weight.view_.owner.parts()
+            assert all(torch.equal(mine[part], parts[part]) for part in parts), name
+    nearest = headrace.quantize(folder, tmp_path / "nf4", format="nf4")
+    fitted = EncodedFolder(tmp_path / "nf4-fitted")
+    errors = [
+        sum(r.error["relative_rms"] for r in f.records.values() if r.error is not None)
+        for f in (fitted, nearest)
+    ]
+    assert errors[0] < 0.96 * errors[1]
+    with pytest.raises(headrace.InputError, match="calibration data"):
+        HeadraceConfig("gptq")

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from headrace.quant.eora import eora
+from headrace.quant.fp4 import Fp4Codec
 from headrace.quant.fp8 import Fp8Codec
 from headrace.quant.gptq import InputMoments, gptq, output_error
-from headrace.quant.gptq_refine import free_block_width
+from headrace.quant.gptq_refine import fitted_parts, free_block_width
 from headrace.quant.hqq import hqq
 from headrace.quant.int4_group import Int4GroupCodec
 from headrace.quant.int8_rowwise import Int8RowwiseCodec
@@ -98,6 +99,43 @@ def test_refined_scales_are_read_by_everyone_and_survive_zeros():
         assert result.error < gptq(weight, moments, codec, refinements=0).error
     with pytest.raises(ValueError, match="refinements"):
         gptq(weight, moments, Nf4Codec(), refinements=-1)
+
+
+@pytest.mark.parametrize("shape", [(96, 256), (3, 32, 64), (50, 33), (7,), (0, 64)])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        Nf4Codec(),
+        Nf4Codec(double_quantized=False),
+        Fp4Codec(),
+        Int4GroupCodec(block_size=64),
+        Int4GroupCodec(block_size=0),
+        Mxfp4Codec(),
+    ],
+    ids=str,
+)
+def test_fitted_scales_lower_the_error_for_the_same_decoder(codec, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02
+    parts, nearest = fitted_parts(weight, codec), codec.encode(weight)
+    codec.check_parts(parts, shape)
+    fitted, before = (codec.decode(p, shape) - weight for p in (parts, nearest))
+    free = isinstance(codec, (Nf4Codec, Fp4Codec, Int4GroupCodec)) and weight.numel() > 1000
+    if isinstance(codec, Int4GroupCodec):
+        free = free and shape[-1] % (codec.block_size or shape[-1]) == 0
+    elif weight.numel() % 64:
+        free = False
+    if free:
+        assert fitted.square().sum() < 0.97 * before.square().sum()
+    else:
+        assert all(torch.equal(parts[name], nearest[name]) for name in nearest)
+
+
+def test_fitting_a_block_of_zeros_leaves_it_zero():
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(1))
+    weight[2, :64] = 0
+    for codec in (Nf4Codec(double_quantized=False), Int4GroupCodec(block_size=64)):
+        decoded = codec.decode(fitted_parts(weight, codec), (8, 128))
+        assert torch.isfinite(decoded).all() and not decoded[2, :64].any()
 
 
 def test_blocks_that_cross_rows_keep_their_scales():
