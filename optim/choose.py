@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from .adam import Adam
-from .adamw import AdamW
 from .base import Brick
 from .brick_rule import BrickRule
-from .encoded_adamw import EncodedRule, is_fused
-from .lion import Lion
+from .device.launch import has_kernel
+from .encoded_adamw import is_fused
+from .fused_rule import FusedRule
 from .masters import check_master
 from .parameters import ModelOrParams, ParameterInfo, parameter_groups
 from .storage import encoding_of
@@ -32,7 +32,7 @@ def element_rule(brick: Brick, states: str, master: str) -> RuleChooser:
 
     def choose(info: ParameterInfo, group: Mapping[str, Any]) -> UpdateRule:
         small = _numel(info) < SMALLEST_ENCODED
-        return fast_rule(brick, "fp32" if small else states, master)
+        return fast_rule(brick, "fp32" if small else states, master, group.get("fused"))
 
     return choose
 
@@ -55,19 +55,24 @@ def matrix_rule(
         small = _numel(info) < SMALLEST_ENCODED
         own = "fp32" if small else states
         if not is_matrix(info, group):
-            return fast_rule(Adam(), own, master)
-        return BrickRule(brick_of(group), encoding_of(own), master=master)
+            return fast_rule(Adam(), own, master, group.get("fused"))
+        return fast_rule(brick_of(group), own, master, group.get("fused"))
 
     return choose
 
 
-def fast_rule(brick: Brick, states: str, master: str) -> UpdateRule:
-    """Return the fused rule of a brick and an encoding where there is one, else the bricks."""
-    if isinstance(brick, Adam) and states == "fp32":
-        return AdamW(master=master)
-    if isinstance(brick, Adam | Lion) and is_fused(brick, states):
-        return EncodedRule(brick, states, master=master)
-    return BrickRule(brick, encoding_of(states), master=master)
+def fast_rule(
+    brick: Brick, states: str, master: str, fused: bool | None = None
+) -> FusedRule | BrickRule:
+    """Return the rule of a brick and an encoding: fused kernels where there are any.
+
+    ``fused=False`` takes the bricks everywhere, ``fused=True`` refuses to.
+    """
+    encoding = encoding_of(states)
+    kernels = is_fused(brick, states) or has_kernel(brick, states)
+    if fused or (kernels and fused is None):
+        return FusedRule(brick, states, master=master, required=fused is True)
+    return BrickRule(brick, encoding, master=master)
 
 
 def projected_groups(

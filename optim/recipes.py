@@ -28,12 +28,15 @@ class Common(TypedDict, total=False):
 
     ``maximize`` ascends; ``max_grad_norm`` clips by the global norm before each step; ``seed``
     drives stochastic rounding and random projections; ``threads`` update in parallel.
+    ``fused``: None updates by fused kernels where a device has them, False by plain torch
+    operations everywhere (the same bits), True refuses parameters that would need those.
     """
 
     maximize: bool
     max_grad_norm: float | None
     seed: int
     threads: int | None
+    fused: bool | None
 
 
 def build(
@@ -47,7 +50,7 @@ def build(
     return RuleOptimizer(
         model_or_params,
         choose,
-        {**hyper, "maximize": common.get("maximize", False)},
+        {**hyper, "maximize": common.get("maximize", False), "fused": common.get("fused")},
         max_grad_norm=common.get("max_grad_norm"),
         seed=common.get("seed", 0),
         threads=common.get("threads"),

@@ -253,7 +253,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Clip the resident gradients; return whether all are finite."""
         if self.max_grad_norm is None or self._streams:
             # With a host, the host clips: the norm is over both kinds of parameters.
-            return all(_finite(cast(Tensor, parameter.grad)) for parameter in work)
+            return all_gradients_finite([cast(Tensor, parameter.grad) for parameter in work])
         gradients = [cast(Tensor, parameter.grad) for parameter in work]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.last_grad_norm = float(norm)
@@ -267,10 +267,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         finishers: list[Callable[[], None]] = []
         for parameter in work:
             own, finish = self._jobs(parameter)
-            jobs.extend(own)
             finishers.extend(finish)
+            if parameter.device.type == "cpu":
+                jobs.extend(own)
+                continue
+            # In this thread: others would not launch on the caller's stream.
+            for job in own:
+                job()
         threads = self._threads or torch.get_num_threads()
-        if threads == 1 or len(jobs) == 1:
+        if threads == 1 or len(jobs) <= 1:
             for job in jobs:
                 job()
         else:
@@ -400,6 +405,20 @@ def memory(
 
 def _numel(spec: TensorSpec) -> int:
     return spec_bytes({"": spec}) // spec.dtype.itemsize
+
+
+def all_gradients_finite(gradients: list[Tensor]) -> bool:
+    """Whether no gradient holds an infinity or NaN; waits for an accelerator once, not for each.
+
+    >>> all_gradients_finite([torch.ones(2), torch.tensor([1.0, float("nan")])])
+    False
+    """
+    elsewhere = [one for one in gradients if one.device.type != "cpu" and one.numel()]
+    if elsewhere:
+        largest = torch.nn.utils.get_total_norm(elsewhere, float("inf"))
+        if not torch.isfinite(largest):
+            return False
+    return all(_finite(one) for one in gradients if one.device.type == "cpu")
 
 
 def _finite(gradient: Tensor) -> bool:
