@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from headrace.offload.chunk import ChunkLayout
+from headrace.quant.calibrated import WORDS_WITHOUT_DATA
 from headrace.quant.codec import Codec
 from headrace.quant.fold import TensorReport, encoding_error
 from headrace.quant.foreign_layouts import foreign_settings, foreign_tensors
 from headrace.quant.gptq_packed import GptqPackedCodec, packed_from_groups
+from headrace.quant.gptq_refine import fitted_parts
 from headrace.quant.int4_group import Int4GroupCodec
 from headrace.quant.shards import ShardWriter, write_json
 from headrace.quant.spec import TensorSpec
@@ -58,8 +60,9 @@ def quantize_for_transformers(
 ) -> Path:
     """Encode a model into a folder that transformers opens by itself; return the folder.
 
-    ``format``: ``nf4``, ``fp4`` and ``int8`` become bitsandbytes' layouts, ``fp8`` fine-grained
-    FP8, ``mxfp4`` gpt-oss' (of its experts), ``gptq`` (which needs ``calibration``) that of GPTQ.
+    ``format``: ``nf4``, ``nf4-fitted``, ``fp4`` and ``int8`` become bitsandbytes' layouts, ``fp8``
+    fine-grained FP8, ``mxfp4`` gpt-oss' (of its experts), ``gptq`` (which needs ``calibration``)
+    that of GPTQ.
     ``headrace.load`` streams such folders as they are.  A weight that the layout has no place
     for, such as fused experts, is refused by name; ``keep`` leaves modules as they are.
     Memory, resuming and reports are those of ``headrace.quantize``.
@@ -102,7 +105,14 @@ def quantize_for_transformers(
         shard, record = f"model-{chunk.name}.safetensors", target / f"{chunk.name}.record.json"
         done = _finished(record, target / shard, source)
         if done is None:
-            tensors, reports = _encode_chunk(skeleton, checkpoint, chunk, planned, calibrator)
+            tensors, reports = _encode_chunk(
+                skeleton,
+                checkpoint,
+                chunk,
+                planned,
+                calibrator,
+                encode=fitted_parts if format in WORDS_WITHOUT_DATA else _nearest,
+            )
             specs = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in tensors.items()}
             with ShardWriter(target / shard, specs, {"format": "pt"}) as writer:
                 for name, tensor in tensors.items():
@@ -162,6 +172,8 @@ def _encode_chunk(
     chunk: ModuleChunk,
     planned: Mapping[str, PlannedWeight],
     calibrator: Calibrator | None,
+    *,
+    encode: Callable[[Tensor, Any], dict[str, Tensor]],
 ) -> tuple[dict[str, Tensor], list[TensorReport]]:
     layout = ChunkLayout.pack(
         chunk.name, [(n, p.shape, p.dtype) for n, p in chunk.parameters.items()]
@@ -187,7 +199,7 @@ def _encode_chunk(
         if calibrator is not None and chunk.role is Role.LAYER:
             parts, errors = calibrator.encoder(chunk, name)(exact, weight.codec)
         else:
-            parts = weight.codec.encode(exact)
+            parts = encode(exact, weight.codec)
         error = encoding_error(exact, weight.codec, parts)
         codec, parts = _packed(weight.codec, parts, weight.shape)
         made = foreign_tensors(name, codec, parts, weight.shape, value.dtype)
@@ -206,6 +218,10 @@ def _encode_chunk(
         )
     reverted = revert_weight_conversion(skeleton, kept) if kept else {}
     return stored | {n: t.contiguous() for n, t in reverted.items()}, reports
+
+
+def _nearest(x: Tensor, codec: Codec) -> dict[str, Tensor]:
+    return codec.encode(x)
 
 
 def _packed(

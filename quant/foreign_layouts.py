@@ -43,6 +43,7 @@ def foreign_codec(word: str, shapes: Iterable[Shape]) -> Codec:
         "int8": Int8RowwiseCodec(scale_is_amax=True),
         "mxfp4": Mxfp4Codec(),
         "nf4": Nf4Codec(),
+        "nf4-fitted": Nf4Codec(),
     }
     if word not in codecs:
         raise ValueError(

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import headrace
 from headrace import HeadraceConfig
+from headrace.foreign_quantizing import quantize_for_transformers
 from headrace.quant.fold import default_choice
 from headrace.quant.folder import EncodedFolder
 from headrace.quant.model import encode_model, encoded_weights
@@ -135,6 +136,7 @@ def opened_elsewhere(folder: Path, tmp_path: Path) -> dict[str, Any]:
     [
         ("llama", "nf4", "Linear4bit"),
         ("gpt2", "nf4", "Linear4bit"),
+        ("llama", "nf4-fitted", "Linear4bit"),
         ("llama", "fp4", "Linear4bit"),
         ("llama", "int8", "Linear8bitLt"),
         ("llama", "fp8", "Linear"),
@@ -302,3 +304,15 @@ def test_words_that_are_ways_to_encode_do_the_same_here_as_on_disk(tmp_path: Pat
     assert errors[0] < 0.96 * errors[1]
     with pytest.raises(headrace.InputError, match="calibration data"):
         HeadraceConfig("gptq")
+
+
+def test_fitted_scales_leave_in_the_layout_of_others(tmp_path: Path) -> None:
+    """Their decoder multiplies by whatever scale is stored."""
+    folder = make_folder("llama", tmp_path, torch.bfloat16)
+    headrace.quantize(folder, tmp_path / "ours", format="nf4-fitted")
+    quantize_for_transformers(folder, tmp_path / "theirs", format="nf4-fitted")
+    ours = headrace.load(tmp_path / "ours", train="none", device="cpu")
+    theirs = headrace.load(tmp_path / "theirs", train="none", device="cpu")
+    assert torch.equal(logits(ours), logits(theirs))
+    ours.close()
+    theirs.close()
