@@ -205,46 +205,52 @@ def adamw_blocks(
     ``short``: a padded last block, which the format divides instead of multiplying.
     """
     m, v = carray(tile_pointer(), (BLOCKS, BLOCK)), carray(tile_pointer(), (BLOCKS, BLOCK))
+    count = m_scale.shape[0]
     weights, extras, grads = rows(weight, BLOCK), rows(extra, BLOCK), rows(grad, BLOCK)
     m_rows, v_rows = rows(m_codes, BLOCK), rows(v_codes, BLOCK)
-    for row in range(m_scale.shape[0]):
-        # The high half of the 64-bit counter is constant in a block: 32-bit arithmetic.
-        index = offset + row * BLOCK
-        high_word, base = U32(U32(index >> 32) ^ high_key), U32(index & 4294967295)
-        w, e, g, mc, vc = weights[row], extras[row], grads[row], m_rows[row], v_rows[row]
-        mb, vb = m[0], v[0]
-        m_step, v_step = m_scale[row], v_scale[row]
-        m_worst, v_worst = U32(0), U32(0)
-        decode_signed(mc, tables, mb)
-        decode_positive(vc, tables, vb)
-        for j in range(BLOCK):
-            old_m, old_v = F32(mb[j] * m_step), F32(vb[j] * v_step)
-            p = read_master(w, e, j)
-            new_m, new_v, p = adam_step(load(g, j), old_m, old_v, p, scalars)
-            write_master(w, e, j, p, U32(base + U32(j)), low_key, high_word)
-            mb[j], vb[j] = new_m, new_v
-            m_worst = max(m_worst, U32(float_bits(new_m) & U32(0x7FFFFFFF)))
-            v_worst = max(v_worst, float_bits(new_v))  # no second moment is negative
-        m_scale[row], v_scale[row] = scale_of(m_worst), scale_of(v_worst)
-        if short:
-            m_floor, v_floor = max(m_scale[row], F32(1e-38)), max(v_scale[row], F32(1e-38))
+    for first in range(0, count, BLOCKS):
+        blocks = min(BLOCKS, count - first)
+        for b in range(blocks):
+            row = first + b
+            # The high half of the 64-bit counter is constant in a block: 32-bit arithmetic.
+            index = offset + row * BLOCK
+            high_word, base = U32(U32(index >> 32) ^ high_key), U32(index & 4294967295)
+            w, e, g, mb, vb = weights[row], extras[row], grads[row], m[b], v[b]
+            m_step, v_step = m_scale[row], v_scale[row]
+            m_worst, v_worst = U32(0), U32(0)
+            decode_signed(m_rows[row], tables, mb)
+            decode_positive(v_rows[row], tables, vb)
             for j in range(BLOCK):
-                # Divided here, so that the factor is one: x / floor is not x * (1 / floor).
-                quotient = F32(vb[j] / v_floor)
-                lost = vb[j] > F32(0.0) and quotient == F32(0.0)
-                mb[j] = F32(mb[j] / m_floor)
-                vb[j] = F32(1e-45) if lost else quotient
-        m_factor = F32(1.0) if short else into_unit(m_scale[row])
-        v_factor = F32(1.0) if short else into_unit(v_scale[row])
-        # A block that is not finite is NaN whatever its codes; NaN has the codec's last one.
-        if m_scale[row] == m_scale[row]:
-            encode_signed(mb, m_factor, tables, mc)
-        else:
-            mc[:] = np.uint8(255)
-        if v_scale[row] == v_scale[row]:
-            encode_positive(vb, v_factor, tables, vc)
-        else:
-            vc[:] = np.uint8(255)
+                old_m, old_v = F32(mb[j] * m_step), F32(vb[j] * v_step)
+                p = read_master(w, e, j)
+                new_m, new_v, p = adam_step(load(g, j), old_m, old_v, p, scalars)
+                write_master(w, e, j, p, U32(base + U32(j)), low_key, high_word)
+                mb[j], vb[j] = new_m, new_v
+                m_worst = max(m_worst, U32(float_bits(new_m) & U32(0x7FFFFFFF)))
+                v_worst = max(v_worst, float_bits(new_v))  # no second moment is negative
+            m_scale[row], v_scale[row] = scale_of(m_worst), scale_of(v_worst)
+        for b in range(blocks):
+            row = first + b
+            mc, vc, mb, vb = m_rows[row], v_rows[row], m[b], v[b]
+            if short:
+                m_floor, v_floor = max(m_scale[row], F32(1e-38)), max(v_scale[row], F32(1e-38))
+                for j in range(BLOCK):
+                    # Divided here, so that the factor is one: x / floor is not x * (1 / floor).
+                    quotient = F32(vb[j] / v_floor)
+                    lost = vb[j] > F32(0.0) and quotient == F32(0.0)
+                    mb[j] = F32(mb[j] / m_floor)
+                    vb[j] = F32(1e-45) if lost else quotient
+            m_factor = F32(1.0) if short else into_unit(m_scale[row])
+            v_factor = F32(1.0) if short else into_unit(v_scale[row])
+            # A block that is not finite is NaN whatever its codes; NaN has the codec's last one.
+            if m_scale[row] == m_scale[row]:
+                encode_signed(mb, m_factor, tables, mc)
+            else:
+                mc[:] = np.uint8(255)
+            if v_scale[row] == v_scale[row]:
+                encode_positive(vb, v_factor, tables, vc)
+            else:
+                vc[:] = np.uint8(255)
 
 
 @njit(**KERNEL_OPTIONS)
