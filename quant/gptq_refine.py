@@ -22,6 +22,7 @@ from .tables import CodeTable, code_table, pack_nibbles
 
 COLUMNS_AT_ONCE = 128  # columns whose corrections are applied to the rest together
 _SMALLEST_SHARE, _LARGEST_SHARE, _SHARES = 0.6, 1.15, 23
+_SYSTEM_NUMBERS = 1 << 24  # of the linear systems that are solved at once, three times held
 _PULL = 1e-4  # towards the scales there are, where the inputs do not tell
 
 
@@ -137,24 +138,37 @@ def solved_multipliers(
 
     ``unit`` (out, in): what the codes stand for before scaling.  One linear system a row, of as
     many unknowns as the row has blocks.  Where the solution is not positive, or all of a block's
-    codes are zero, the present multiplier stays.
+    codes are zero, the present multiplier stays.  Memory: as many rows at once as 256 MB of
+    systems allow, beside four fp32 copies of those rows.
     """
-    rows, columns = weight.shape
-    blocks = columns // width
+    blocks = weight.shape[1] // width
+    at_once = max(1, _SYSTEM_NUMBERS // blocks**2)
+    solved = [
+        _solved_rows(weight[rows], unit[rows], moments, old, width=width)
+        for first in range(0, weight.shape[0], at_once)
+        for rows in (slice(first, first + at_once),)
+        for old in (multipliers.view(-1, blocks)[rows],)
+    ]
+    return torch.cat(solved).reshape(-1)
+
+
+def _solved_rows(
+    weight: Tensor, unit: Tensor, moments: Tensor, old: Tensor, *, width: int
+) -> Tensor:
+    rows, blocks = old.shape
     system = weight.new_empty(rows, blocks, blocks)
     for block in range(blocks):
         part = slice(block * width, (block + 1) * width)
         reached = unit[:, part] @ moments[part]
         system[:, block] = (reached * unit).view(rows, blocks, width).sum(dim=2)
     wanted = ((weight @ moments) * unit).view(rows, blocks, width).sum(dim=2)
-    old = multipliers.view(rows, blocks)
     diagonal = system.diagonal(dim1=1, dim2=2)
     silent = diagonal <= 0
     pull = torch.where(silent, torch.ones_like(diagonal), _PULL * diagonal)
-    system = system + torch.diag_embed(pull)
+    system += torch.diag_embed(pull)
     solved = torch.linalg.solve(system, (wanted + pull * old)[..., None])[..., 0]
     usable = torch.isfinite(solved) & (solved > 0) & ~silent
-    return torch.where(usable, solved, old).reshape(-1)
+    return torch.where(usable, solved, old)
 
 
 def descend(

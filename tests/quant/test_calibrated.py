@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from headrace.quant import gptq_refine
 from headrace.quant.eora import eora
 from headrace.quant.fp4 import Fp4Codec
 from headrace.quant.fp8 import Fp8Codec
@@ -136,6 +137,15 @@ def test_fitting_a_block_of_zeros_leaves_it_zero():
     for codec in (Nf4Codec(double_quantized=False), Int4GroupCodec(block_size=64)):
         decoded = codec.decode(fitted_parts(weight, codec), (8, 128))
         assert torch.isfinite(decoded).all() and not decoded[2, :64].any()
+
+
+def test_solving_a_few_rows_at_once_solves_the_same(monkeypatch):
+    weight, _, moments = problem()
+    whole = gptq(weight, moments, Nf4Codec(double_quantized=False))
+    monkeypatch.setattr(gptq_refine, "_SYSTEM_NUMBERS", 7 * 4 * 4)  # 7 rows of 4 blocks
+    pieces = gptq(weight, moments, Nf4Codec(double_quantized=False))
+    assert torch.allclose(whole.parts["absmax"], pieces.parts["absmax"], rtol=1e-3)
+    assert pieces.error == pytest.approx(whole.error, rel=1e-3)
 
 
 def test_blocks_that_cross_rows_keep_their_scales():
