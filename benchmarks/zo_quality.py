@@ -11,7 +11,7 @@ this repository.
 Every method gets ``--forwards`` forward passes of one batch; first-order LoRA spends three on a
 step (a backward pass counts as two).  All learning rates fall linearly to zero, as they do in the
 Hugging Face Trainer.  Each method's rate is the best of a short grid on sentences of their own
-(``--sweep`` forwards, one seed); accuracy is that of other sentences.  The
+(``--sweep`` forwards, mean loss of ``--sweep-seeds``); accuracy is that of other sentences.  The
 JSON file is written after every run and continued by the next call: a long table may be made in
 pieces.
 
@@ -256,6 +256,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one seed, few forwards")
     parser.add_argument("--forwards", type=int, default=None, help="default 300 (quick: 60)")
     parser.add_argument("--sweep", type=int, default=None, help="default 100 (quick: 30)")
+    parser.add_argument("--sweep-seeds", type=int, default=None, help="default 2 (quick: 1)")
     parser.add_argument("--seeds", type=int, default=None, help="default 3 (quick: 1)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=None)
@@ -267,11 +268,13 @@ def main() -> int:
     quick = given.quick
     forwards = given.forwards or (60 if quick else 300)
     sweep = given.sweep or (30 if quick else 100)
+    sweep_seeds = range(100, 100 + (given.sweep_seeds or (1 if quick else 2)))
     seeds = given.seeds or (1 if quick else 3)
     judged, chosen = (100, 100) if quick else (500, 250)
     task = Task(judged=judged, chosen=chosen, longest=14)
     setup = {"forwards": forwards, "sweep": sweep, "batch": given.batch, "quick": quick}
     setup |= {"judged": judged, "chosen": chosen, "schedule": "linear"}
+    setup["sweep_seeds"] = len(sweep_seeds)
     done = [row for path in (given.out, *given.rows) for row in _continued(path, setup)]
     grids = {method: GRIDS[method] for method in given.methods}
 
@@ -296,7 +299,10 @@ def main() -> int:
 
     best: dict[str, float] = {}
     for method, grid in grids.items():
-        trials = {lr: row("sweep", method, lr, 100)["curve"][-1]["loss"] for lr in grid}
+        trials = {}
+        for lr in grid:
+            ends = [row("sweep", method, lr, seed)["curve"][-1] for seed in sweep_seeds]
+            trials[lr] = statistics.mean(end["loss"] for end in ends)
         best[method] = min(trials, key=trials.__getitem__)
     accuracy, loss = task.measure(task.model(), task.test)
     finals = {

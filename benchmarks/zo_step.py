@@ -84,18 +84,19 @@ def interleaved(step: Callable[[], object], bare: Callable[[], object], rounds: 
 def low_rank(model: nn.Module, rounds: int, rows: int, tokens: int) -> Row:
     """The recommended step against one forward of all its members' rows."""
     batch = batch_of(rows, tokens)
-    zo = ZOStep(model, recommended(lr=1e-6))
-    members = len(zo.settings.estimator.members())
+    zo = ZOStep(model, recommended(lr=1e-6, examples=rows))
+    estimator = zo.settings.estimator
 
-    def losses(model: nn.Module, count: int) -> list[float]:
-        return causal_lm_losses(model, batch, count)
+    def losses(model: nn.Module, copies: int) -> list[float]:
+        return causal_lm_losses(model, batch, copies, parts=estimator.parts)
 
     @torch.no_grad()
     def bare() -> None:
-        losses(model, members)
+        losses(model, estimator.copies)
 
     made = interleaved(lambda: zo.step_together(losses), bare, rounds)
-    return {"method": "recommended", "members": members, "rows": rows, "tokens": tokens, **made}
+    row = {"method": "recommended", "copies": estimator.copies, "members": estimator.directions}
+    return {**row, "rows": rows, "tokens": tokens, **made}
 
 
 def dense(model: nn.Module, rounds: int, rows: int, tokens: int) -> Row:
