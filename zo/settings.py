@@ -89,7 +89,7 @@ class ZOSettings:
 
 
 def recommended(
-    *, lr: float = 3e-2, eps: float = 1e-3, seed: int = 0, copies: int = 4, examples: int = 16
+    *, lr: float = 4e-2, eps: float = 1e-3, seed: int = 0, copies: int = 4, examples: int = 16
 ) -> ZOSettings:
     """The method to begin with: every example has one-sided low-rank probes of its own.
 
