@@ -109,6 +109,7 @@ def recipes() -> dict[str, tuple[Recipe, float]]:
         "Natural GaLore": (lambda m, lr: optim.natural_galore(m, lr, scale=1.0, **low), 4e-3),
         "GRASS": (lambda m, lr: optim.grass(m, lr, scale=1.0, **low), 8e-3),
         "APOLLO-Mini": (lambda m, lr: optim.apollo_mini(m, lr, update_proj_gap=50), 4e-3),
+        "Q-GaLore, INT8 weights": (q_galore_int8, 4e-3),
         "LoQT, NF4 weights": (loqt, 4e-3),
         "AdamW, momentum reset": (lambda m, lr: optim.adamw(m, lr, restart_every=100), LR),
     }  # fmt: skip
@@ -120,6 +121,15 @@ def loqt(model: nn.Module, lr: float) -> optim.RuleOptimizer:
     optim.attach_loqt(model, rank=RANK)
     optimizer = optim.adamw_8bit(model, lr)
     optim.LoqtMerges(model, optimizer, gap=50)
+    return optimizer
+
+
+def q_galore_int8(model: nn.Module, lr: float) -> optim.RuleOptimizer:
+    """Return 8-bit AdamW on the coordinates of weights that are kept in INT8."""
+    settings = optim.Int8Settings(rank=RANK, update_proj_gap=50, scale=1.0)
+    optim.attach_int8(model, settings)
+    optimizer = optim.adamw_8bit(model, lr)
+    optim.Int8Updates(model, optimizer)
     return optimizer
 
 

@@ -3,6 +3,8 @@
 from .adamw import AdamW
 from .factors import Refactorization, lora_pairs
 from .in_backward import StepInBackward
+from .int8_updates import Int8Updates
+from .int8_weights import Int8Settings, attach_int8, detach_int8
 from .loqt import LoqtMerges, attach_loqt, detach_loqt
 from .projected_recipes import (
     apollo,
@@ -35,6 +37,8 @@ from .trainer import for_trainer
 
 __all__ = [
     "AdamW",
+    "Int8Settings",
+    "Int8Updates",
     "LoqtMerges",
     "ParameterHost",
     "Refactorization",
@@ -51,7 +55,9 @@ __all__ = [
     "adamw_fp8",
     "apollo",
     "apollo_mini",
+    "attach_int8",
     "attach_loqt",
+    "detach_int8",
     "detach_loqt",
     "fira",
     "for_trainer",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..quant.rounding import CounterGenerator
 from .arithmetic import fp32
-from .base import Brick, StepContext
+from .base import BasisChange, Brick, StepContext
 from .masters import MasterName, check_master, master_of
 from .seeds import fold_in
 from .spec import Shape, StateSpec
@@ -63,6 +63,26 @@ class BrickRule:
         self._brick.init(decoded)
         self._encoding.encode(slots, decoded, states, CounterGenerator(0))
         master_of(self._master, weight.dtype).init(weight, states)
+
+    def rotate(
+        self,
+        states: Mapping[str, Tensor],
+        shape: Shape,
+        change: BasisChange,
+        *,
+        step: int,
+        hyper: Mapping[str, Any],
+        seed: int,
+    ) -> None:
+        """Carry the states of coordinates of this shape into a new basis, before step ``step``."""
+        slots = self._brick.init_spec(tuple(shape))
+        decoded = self._encoding.decode(slots, states)
+        nothing = next(iter(states.values())).new_empty(0, dtype=torch.float32)
+        context = StepContext(step, hyper, seed, 0, nothing)
+        self._brick.rotate(decoded, tuple(shape), change, context)
+        # Noise that no step of the run draws.
+        noise = CounterGenerator(fold_in(fold_in(seed, step), step))
+        self._encoding.encode(slots, decoded, states, noise)
 
     def update(
         self,

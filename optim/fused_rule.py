@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .adam import Adam
 from .adamw import AdamW
-from .base import Brick
+from .base import BasisChange, Brick
 from .brick_rule import BrickRule
 from .device.launch import fused_update, has_kernel, triton_is_installed
 from .encoded_adamw import EncodedRule, is_fused
@@ -71,6 +71,19 @@ class FusedRule:
     def init_states(self, weight: Tensor, states: Mapping[str, Tensor]) -> None:
         """Fill freshly zeroed states in place from the initial weight."""
         self._bricks.init_states(weight, states)
+
+    def rotate(
+        self,
+        states: Mapping[str, Tensor],
+        shape: Shape,
+        change: BasisChange,
+        *,
+        step: int,
+        hyper: Mapping[str, Any],
+        seed: int,
+    ) -> None:
+        """Carry the states of coordinates of this shape into a new basis, before step ``step``."""
+        self._bricks.rotate(states, shape, change, step=step, hyper=hyper, seed=seed)
 
     def update(
         self,

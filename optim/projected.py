@@ -111,9 +111,9 @@ class Projected(Brick):
     def update(self, grad: Tensor, states: Mapping[str, Tensor], context: StepContext) -> Tensor:
         rows, cols = as_matrix(tuple(grad.shape))
         matrix = grad.reshape(rows, cols)
-        if self._due(states, context):
-            self._refresh(matrix, states, context)
-        basis = self._basis(rows, cols, states, context)
+        if self.due(states, context):
+            self.refresh(matrix, states, context)
+        basis = self.current_basis(rows, cols, states, context)
         low_grad = self.projector.down(matrix, basis)
         inner_context = context
         if self.carry == "reset":
@@ -124,27 +124,30 @@ class Projected(Brick):
 
     # -- the changing basis --------------------------------------------------------------------
 
-    def _due(self, states: Mapping[str, Tensor], context: StepContext) -> bool:
+    def due(self, states: Mapping[str, Tensor], context: StepContext) -> bool:
+        """Whether the basis changes at this step."""
         if self.lazy is None:
             return (context.step - 1) % self.gap == 0
         return context.step - 1 >= int(states["refresh_at"])
 
-    def _basis(
+    def current_basis(
         self, rows: int, cols: int, states: Mapping[str, Tensor], context: StepContext
     ) -> Tensor:
+        """Return what the projector's ``down`` and ``up`` need at this step."""
         period = fold_in(context.seed, (context.step - 1) // self.gap)
         return self.projector.basis(rows, cols, states, period).to(context.weight.device)
 
-    def _refresh(self, matrix: Tensor, states: Mapping[str, Tensor], context: StepContext) -> None:
+    def refresh(self, matrix: Tensor, states: Mapping[str, Tensor], context: StepContext) -> None:
+        """Change the basis for a gradient (rows, cols); carry the inner moments over."""
         rows, cols = matrix.shape
         first = context.step == 1
         low_shape = self.projector.low_shape(rows, cols)
         old = None
         if not first and self.projector.rotates:
-            old = self._basis(rows, cols, states, context).clone()
+            old = self.current_basis(rows, cols, states, context).clone()
         self.projector.refresh(matrix, states, context)
         if old is not None:
-            new = self._basis(rows, cols, states, context)
+            new = self.current_basis(rows, cols, states, context)
             if self.carry == "re-project":
                 change = self.projector.change(old, new, rows, cols)
                 self.inner.rotate(states, low_shape, change, context)

@@ -135,7 +135,7 @@ def q_galore(
 ) -> RuleOptimizer:
     """Return Q-GaLore (arXiv:2407.08296): int4 basis, 8-bit moments, lazy refresh.
 
-    Weights are kept by ``master`` (stochastic rounding), not in the paper's INT8.
+    Weights are kept by ``master`` (stochastic rounding); for the paper's INT8 see ``attach_int8``.
 
     >>> from torch import nn
     >>> from headrace.optim import RuleOptimizer, q_galore, memory

@@ -10,7 +10,10 @@ from torch import nn
 
 from headrace import optim
 
-HELPERS = {"attach_loqt", "detach_loqt", "for_trainer", "lora_pairs", "memory"}
+HELPERS = {
+    "attach_int8", "attach_loqt", "detach_int8", "detach_loqt", "for_trainer", "lora_pairs",
+    "memory",
+}  # fmt: skip
 RECIPES = sorted({name for name in optim.__all__ if name[0].islower()} - HELPERS)
 SHAPES = [(), (1,), (13,), (0,), (0, 5), (5, 0), (1, 1), (1, 7), (17, 13), (3, 5, 4), (70, 66)]
 

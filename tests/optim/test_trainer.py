@@ -97,6 +97,7 @@ def sft_trainer(model, folder, **kwargs):
 
 def test_the_table_has_every_recipe():
     helpers = {"memory", "for_trainer", "attach_loqt", "detach_loqt", "lora_pairs"}
+    helpers |= {"attach_int8", "detach_int8"}
     recipes = {name for name in optim.__all__ if name[0].islower()} - helpers
     assert recipes == set(SETTINGS)
 
@@ -140,3 +141,38 @@ def test_weight_decay_betas_and_eps_reach_projected_matrices():
                 optimizer.step()
             kept.append(model.model.layers[0].mlp.up_proj.weight)
         assert not torch.equal(*kept), change
+
+
+def q_galore_int8(model, **settings):
+    optim.attach_int8(model, optim.Int8Settings(rank=8, update_proj_gap=2, weight_group_size=32))
+    optimizer = optim.adamw_8bit(model, **settings)
+    optim.Int8Updates(model, optimizer)
+    return optimizer
+
+
+def test_int8_weights_train_and_resume(tmp_path):
+    """Accumulation, clipping, a schedule, saving; the resumed run rebuilds model and optimizer."""
+    model = tiny_llama()
+    optimizer = q_galore_int8(model, lr=2e-3, weight_decay=0.01)
+    layer = model.model.layers[0].mlp.up_proj
+    start = layer.whole_weight()
+    trainer = plain_trainer(model, tmp_path, optimizers=(optimizer, None))
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(logs) == 4 and all(entry["grad_norm"] > 0 for entry in logs)
+    assert int(layer.steps) == 4 and not torch.equal(layer.whole_weight(), start)
+    again = tiny_llama()
+    optimizer = q_galore_int8(again, lr=2e-3, weight_decay=0.01)
+    resumed = plain_trainer(again, tmp_path, optimizers=(optimizer, None))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (key, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    optim.detach_int8(again)
+    kinds = {type(m) for m in again.modules()}
+    assert torch.nn.Linear in kinds and type(layer) not in kinds
+
+
+def test_the_trainer_builds_the_optimizer_of_int8_weights(tmp_path):
+    model, made = tiny_llama(), optim.for_trainer(q_galore_int8, lr=2e-3)
+    plain_trainer(model, tmp_path, optimizer_cls_and_kwargs=made).train()
+    assert int(model.model.layers[0].mlp.up_proj.steps) == 4
