@@ -128,7 +128,7 @@ def q_galore_int8(model: nn.Module, lr: float) -> optim.RuleOptimizer:
     """Return 8-bit AdamW on the coordinates of weights that are kept in INT8."""
     settings = optim.Int8Settings(rank=RANK, update_proj_gap=50, scale=1.0)
     optim.attach_int8(model, settings)
-    optimizer = optim.adamw_8bit(model, lr)
+    optimizer = optim.adamw_8bit(model, lr, master="sr")
     optim.Int8Updates(model, optimizer)
     return optimizer
 

@@ -8,17 +8,19 @@ first launched; the module itself needs none.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 
-from ...quant.codec import Codec
+from ...quant.int8_blockwise import Int8BlockwiseCodec
 from ...quant.rounding import seed_key
+from ...quant.state_tables import State4BitCodec
 from ...quant.tables import code_table
 from ..adam import Adam
 from ..arithmetic import fp32
@@ -77,18 +79,6 @@ def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class _Moment:
-    """Where one moment's parts and tables are; absent ones are None."""
-
-    codes: Tensor | None = None
-    scale: Tensor | None = None
-    power: Tensor | None = None
-    values: Tensor | None = None
-    middles: Tensor | None = None
-
-
 def fused_update(
     brick: Brick,
     states_name: str,
@@ -141,60 +131,72 @@ def kernel_arguments(
     element_offset: int,
 ) -> dict[str, Any]:
     """Return the kernel's arguments by name for one step; they share memory with the tensors."""
-    name = kernel_name(brick)
-    assert name is not None and states_name in ENCODINGS, "has_kernel() was asked before"
-    count, encoding = weight.numel(), encoding_of(states_name)
-    codecs = (encoding.signed, encoding.positive)
-    moments = [
-        _moment(slot, codec, states, weight.device)
-        for slot, codec in zip(brick.init_spec((count,)), codecs, strict=False)
-    ]
-    arguments: dict[str, Any] = {}
-    for prefix, moment in zip("mv", (*moments, _Moment(), _Moment()), strict=False):
-        arguments |= {f"{prefix}_{one.name}": getattr(moment, one.name) for one in fields(moment)}
+    plan = _plan(brick, states_name)
     own_master = "none" if weight.dtype == torch.float32 else master
     extra = {"fp32": "master", "split": "remainder"}.get(own_master)
-    run_seed = fold_in(seed, step)
-    words = {
-        ("offset_low", "offset_high"): (element_offset & 0xFFFF_FFFF, element_offset >> 32),
-        ("low_key", "high_key"): seed_key(run_seed),
-        # The encodings' own noise, as ``Encoding.encode`` makes it.
-        ("m_low_key", "m_high_key"): seed_key(fold_in(run_seed, 1)),
-        ("v_low_key", "v_high_key"): seed_key(fold_in(run_seed, 2)),
-    }
-    for names, pair in words.items():
-        arguments |= {one: _word(word) for one, word in zip(names, pair, strict=True)}
-    block = encoding.granule or 1
-    block = TILE if block == 1 else block
-    return arguments | _scalars(name, step, hyper) | {
+    arguments: dict[str, Any] = {
         "weight": _pointer(weight),
         "extra": None if extra is None else states[extra],
         "grad": _pointer(grad),
-        "count": count,
-        "BRICK": name,
+        "count": weight.numel(),
+        "BRICK": plan.name,
         "ENCODING": states_name,
         "MASTER": own_master,
         "WEIGHT": _dtype_name(weight),
         "GRAD": _dtype_name(grad),
-        "BLOCK": block,
-        "ROWS": max(TILE // block, 1),
-    }  # fmt: skip
+        "BLOCK": plan.block,
+        "ROWS": max(TILE // plan.block, 1),
+        **_scalars(plan.name, step, hyper),
+    }
+    for argument, state in plan.states.items():
+        arguments[argument] = None if state is None else _pointer(states[state])
+    for prefix, values in plan.tables.items():
+        table = None if values is None else code_table(values, weight.device)
+        arguments[f"{prefix}_values"] = None if table is None else table.values
+        arguments[f"{prefix}_middles"] = None if table is None else table.midpoints
+    run_seed = fold_in(seed, step)
+    words = (
+        ("offset_low", "offset_high", (element_offset & 0xFFFF_FFFF, element_offset >> 32)),
+        ("low_key", "high_key", seed_key(run_seed)),
+        # The encodings' own noise, as ``Encoding.encode`` makes it.
+        ("m_low_key", "m_high_key", seed_key(fold_in(run_seed, 1))),
+        ("v_low_key", "v_high_key", seed_key(fold_in(run_seed, 2))),
+    )
+    for low_name, high_name, (low, high) in words:
+        arguments[low_name], arguments[high_name] = _word(low), _word(high)
+    return arguments
 
 
-def _moment(
-    slot: str, codec: Codec | None, states: Mapping[str, Tensor], device: torch.device
-) -> _Moment:
-    if codec is None:
-        return _Moment(states[slot])
-    codes = _pointer(states[f"{slot}.codes"])
-    if codec.name == "bfloat16":
-        return _Moment(codes)
-    scale = states.get(f"{slot}.absmax", states.get(f"{slot}.scale"))
-    power = states.get(f"{slot}.power")
-    if codec.name not in ("int8_blockwise", "state4"):
-        return _Moment(codes, scale, power)
-    table = code_table(codec.code_values(), device)  # type: ignore[attr-defined]
-    return _Moment(codes, scale, power, table.values, table.midpoints)
+@final
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the launches of one brick and encoding have in common."""
+
+    name: str
+    block: int
+    states: Mapping[str, str | None]  # the kernel's argument -> the state's name
+    tables: Mapping[str, tuple[float, ...] | None]  # "m" and "v" -> values of the codes
+
+
+@functools.cache
+def _plan(brick: Brick, states_name: str) -> _Plan:
+    name = kernel_name(brick)
+    assert name is not None and states_name in ENCODINGS, "has_kernel() was asked before"
+    encoding = encoding_of(states_name)
+    states: dict[str, str | None] = {}
+    tables: dict[str, tuple[float, ...] | None] = {}
+    slots = [*brick.init_spec((1,)), None, None]
+    for prefix, slot, codec in zip("mv", slots, (encoding.signed, encoding.positive), strict=False):
+        parts = [] if codec is None else list(codec.spec((1,)))
+        scale = next((part for part in parts if part in ("absmax", "scale")), None)
+        held = {"codes": "codes", "scale": scale, "power": "power" if "power" in parts else None}
+        for argument, part in held.items():
+            whole = slot if codec is None and argument == "codes" else None
+            encoded = f"{slot}.{part}" if slot and codec and part else None
+            states[f"{prefix}_{argument}"] = whole or encoded
+        by_table = slot and isinstance(codec, Int8BlockwiseCodec | State4BitCodec)
+        tables[prefix] = codec.code_values() if by_table else None  # type: ignore[union-attr]
+    return _Plan(name, TILE if encoding.granule == 1 else encoding.granule or TILE, states, tables)
 
 
 def _scalars(name: str, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:

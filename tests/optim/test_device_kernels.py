@@ -175,7 +175,8 @@ def test_an_optimizer_on_a_gpu_gives_the_bits_of_one_on_the_cpu(states):
             for shape in shapes
         ]
         weights.append(nn.Parameter(torch.randn((64, 80), generator=generator).t().to(device)))
-        optimizer = adamw(weights, states=states, master="split", fused=True if states else None)
+        fused = True if device == "cuda" else None
+        optimizer = adamw(weights, states=states, master="split", fused=fused)
         for _ in range(4):
             for weight in weights:
                 grad = torch.randn(weight.shape, generator=generator)
@@ -185,21 +186,10 @@ def test_an_optimizer_on_a_gpu_gives_the_bits_of_one_on_the_cpu(states):
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
 
 
-@pytest.mark.gpu
-@needs_gpu
+@needs_triton
 def test_numbers_of_a_step_compile_nothing_anew():
-    from headrace.optim.device.update import update
-
-    weight = nn.Parameter(torch.randn(4096, 64, device="cuda"))
-    optimizer = adamw([weight], states="int8")
-    compiled = []
-    for step in range(4):
-        optimizer.param_groups[0] |= {"lr": 1e-3 / (step + 1), "betas": (0.9, 0.9 + step / 100)}
-        weight.grad = torch.randn_like(weight)
-        optimizer.step()
-        (caches, *_) = update.device_caches[weight.device.index or 0]
-        compiled.append(len(caches))
-    assert compiled[0] == compiled[-1]
+    """Rates, rounds, seeds and offsets are arguments: four steps, one kernel each."""
+    assert in_process("specialise", interpret=False) == ["1", "1", "1", "1", "2"]
 
 
 @pytest.mark.gpu
@@ -323,11 +313,51 @@ def compiled(case: str, chip: int) -> str:
     return str(triton.compile(source, target=target, options=launch.OPTIONS).asm["ptx"])
 
 
-def _tensors(name: str, encoding: str, weight_kind: str) -> dict[str, object]:
+class _NoDevice:
+    """What Triton asks about the device before it launches: enough to compile for one."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def specialised() -> None:
+    """Print the number of kernels after each of several different steps, compiled only."""
+    from triton.runtime import driver
+
+    from headrace.optim.device.update import update
+
+    driver.set_active(_NoDevice())
+    steps = [
+        (4096, HYPER, 0, 0),
+        (8192, {**HYPER, "lr": 1.0, "weight_decay": 0.0}, 1, 16),
+        (4096, {**HYPER, "betas": (0.0, 0.9), "eps": 0.0}, 2**63, 2**35),
+        (65536, {**HYPER, "maximize": True}, 2**64 - 1, 2**31),
+        (4099, HYPER, 0, 0),  # whole vectors no longer
+    ]
+    for step, (count, hyper, seed, offset) in enumerate(steps, 1):
+        arguments = launch.kernel_arguments(
+            Adam(), "int8", "split", **_tensors("adam", "int8", "split", count),
+            step=step, hyper=hyper, seed=seed, element_offset=offset,
+        )  # fmt: skip
+        update.warmup(**arguments, **launch.OPTIONS, grid=(1,))
+        print(len(update.device_caches[0][0]))
+
+
+def _tensors(
+    name: str, encoding: str, weight_kind: str, count: int = 4096
+) -> dict[str, torch.Tensor | dict[str, torch.Tensor]]:
     dtype, gradient, master = WEIGHTS[weight_kind]
-    weight = torch.ones(4096, dtype=getattr(torch, dtype))
+    weight = torch.ones(count, dtype=getattr(torch, dtype))
     rule = BrickRule(BRICKS[name], encoding_of(encoding), master=master)
-    states = allocate(rule.state_spec((4096,), weight.dtype), "cpu")
+    states = allocate(rule.state_spec((count,), weight.dtype), "cpu")
     return {"weight": weight, "grad": weight.to(getattr(torch, gradient)), "states": states}
 
 
@@ -335,6 +365,9 @@ def main(work: str, *arguments: str) -> None:
     if work == "interpret":
         for case in arguments:
             print(json.dumps([case, differences(*case.split("-"), device="cpu")]))
+        return
+    if work == "specialise":
+        specialised()
         return
     chip, *cases = arguments
     for case in cases:
