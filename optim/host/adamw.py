@@ -35,21 +35,26 @@ from .bits import (
 
 
 @njit(**KERNEL_OPTIONS)
-def adam_root_step(g: Any, m: Any, v: Any, p: Any, scalars: Any) -> Any:
-    """Return (m, v, p, sqrt(v)) after one step on one element; g is fp32."""
-    lr, decay, b1, b2, o1, o2, c1, c2, eps, sign = scalars
+def adam_moments(g: Any, m: Any, v: Any, scalars: Any) -> Any:
+    """Return (m, v) after one step on one element; g is fp32."""
+    _lr, _decay, b1, b2, o1, o2, _c1, _c2, _eps, sign = scalars
     m = F32(F32(b1 * m) + F32(F32(sign * o1) * g))
-    v = F32(F32(b2 * v) + F32(F32(o2 * g) * g))
-    root = F32(math.sqrt(v))
-    d = F32(F32(m * c1) / F32(F32(root * c2) + eps))
-    return m, v, F32(F32(p * decay) - F32(lr * d)), root
+    return m, F32(F32(b2 * v) + F32(F32(o2 * g) * g))
+
+
+@njit(**KERNEL_OPTIONS)
+def adam_move(m: Any, v: Any, p: Any, scalars: Any) -> Any:
+    """Return the master of one element, moved by its new moments."""
+    lr, decay, _b1, _b2, _o1, _o2, c1, c2, eps, _sign = scalars
+    d = F32(F32(m * c1) / F32(F32(F32(math.sqrt(v)) * c2) + eps))
+    return F32(F32(p * decay) - F32(lr * d))
 
 
 @njit(**KERNEL_OPTIONS)
 def adam_step(g: Any, m: Any, v: Any, p: Any, scalars: Any) -> Any:
     """Return (m, v, p) after one step on one element; g is fp32."""
-    m, v, p, _ = adam_root_step(g, m, v, p, scalars)
-    return m, v, p
+    m, v = adam_moments(g, m, v, scalars)
+    return m, v, adam_move(m, v, p, scalars)
 
 
 @njit(**KERNEL_OPTIONS)

@@ -1,7 +1,7 @@
 """Fused AdamW with range-expanded FP8 states (``quant.coat``): one pass.
 
-As in ``companded``: one loop decodes, steps and writes the weights, a second one encodes.  The
-smallest nonzero magnitude of a group is found on bit patterns like the largest.
+As in ``companded``: one loop decodes and computes the moments, a second one writes the weights and
+encodes.  The smallest nonzero magnitude of a group is found on bit patterns like the largest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numba import carray, njit
 
 from ...quant.coat import DEEPEST_BITS, LARGEST_BITS, RANGE_SIXTEENTHS
-from .adamw import adam_step
+from .adamw import adam_moments, adam_move
 from .bits import F32, I32, KERNEL_OPTIONS, U32, bits_float, float_bits, load
 from .masters import read_master, write_master
 from .rows import padded, rows, scale_of
@@ -84,11 +84,7 @@ def adamw_blocks(
         blocks = min(BLOCKS, count - first)
         for b in range(blocks):
             row = first + b
-            # The high half of the 64-bit counter is constant in a block: 32-bit arithmetic.
-            index = offset + row * BLOCK
-            high_word, base = U32(U32(index >> 32) ^ high_key), U32(index & 4294967295)
-            w, e, g, mc, vc = weights[row], extras[row], grads[row], m_rows[row], v_rows[row]
-            mb, vb = m[b], v[b]
+            g, mc, vc, mb, vb = grads[row], m_rows[row], v_rows[row], m[b], v[b]
             m_bits, v_bits = I32(float_bits(m_scale[row])), I32(float_bits(v_scale[row]))
             # Nothing, or NaN: the bits of a group that is not finite are like any others.
             m_bad, v_bad = F32(m_scale[row] - m_scale[row]), F32(v_scale[row] - v_scale[row])
@@ -103,9 +99,7 @@ def adamw_blocks(
                 sign = U32(U32(mc[j] & np.uint8(0x80)) << U32(24))
                 old_m = F32(bits_float(U32(size | sign)) + m_bad)
                 old_v = F32(decode(vc[j], v_bits, v_inverse) + v_bad)
-                p = read_master(w, e, j)
-                new_m, new_v, p = adam_step(load(g, j), old_m, old_v, p, scalars)
-                write_master(w, e, j, p, U32(base + U32(j)), low_key, high_word)
+                new_m, new_v = adam_moments(load(g, j), old_m, old_v, scalars)
                 mb[j], vb[j] = new_m, new_v
                 size = U32(float_bits(new_m) & U32(0x7FFFFFFF))
                 m_worst = max(m_worst, size)
@@ -118,16 +112,20 @@ def adamw_blocks(
             v_power[row] = power_of(v_scale[row], v_least)
         for b in range(blocks):
             row = first + b
-            mc, vc, mb, vb = m_rows[row], v_rows[row], m[b], v[b]
+            # The high half of the 64-bit counter is constant in a block: 32-bit arithmetic.
+            index = offset + row * BLOCK
+            high_word, base = U32(U32(index >> 32) ^ high_key), U32(index & 4294967295)
+            w, e, mc, vc, mb, vb = weights[row], extras[row], m_rows[row], v_rows[row], m[b], v[b]
             m_bits, v_bits = I32(float_bits(m_scale[row])), I32(float_bits(v_scale[row]))
             m_by = F32(F32(m_power[row]) * F32(0.0625))
             v_by = F32(F32(v_power[row]) * F32(0.0625))
             for j in range(BLOCK):
+                p = adam_move(mb[j], vb[j], read_master(w, e, j), scalars)
+                write_master(w, e, j, p, U32(base + U32(j)), low_key, high_word)
                 bits = float_bits(mb[j])
                 code = encode(U32(bits & U32(0x7FFFFFFF)), m_bits, m_by)
                 sign = U32(U32(bits >> U32(24)) & U32(0x80))
                 mc[j] = np.uint8(code | sign) if code != U32(0) else np.uint8(0)
-            for j in range(BLOCK):
                 vc[j] = np.uint8(encode(float_bits(vb[j]), v_bits, v_by))
 
 

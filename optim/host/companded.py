@@ -1,8 +1,9 @@
 """Fused AdamW and Lion with power-companded 8-bit states (``quant.companded``): one pass.
 
-Eight blocks of 128 elements at a time: one loop decodes, steps and writes the weights, leaving
-the new states in scratch that stays in the first-level cache; a second one encodes them.  Two
-loops, because a block's scale is known only when all of it has been stepped.  Inner lengths are
+Eight blocks of 128 elements at a time: one loop decodes and computes the new moments, leaving them
+in scratch that stays in the first-level cache; a second one writes the weights and encodes.  Two
+loops, because a block's scale is known only when all of it has been stepped; so cut, because the
+second one's divisions and roots take as long as the codes beside them.  Inner lengths are
 constant, so that no time goes into remainders; largest magnitudes are found on integer bit
 patterns, because float maxima do not vectorise.
 """
@@ -15,7 +16,7 @@ import numpy as np
 from numba import carray, njit
 
 from ...quant.companded import Law, law_of
-from .adamw import adam_step
+from .adamw import adam_moments, adam_move
 from .bits import F32, I32, KERNEL_OPTIONS, U32, bits_float, float_bits, load
 from .masters import read_master, write_master
 from .rows import padded, rows, scale_of
@@ -29,7 +30,10 @@ _SIGNED: Law = law_of(8, signed=True)
 _POSITIVE: Law = law_of(8, signed=False)
 _LEAD = F32(_SIGNED.lead)
 _UNLEAD = F32(_SIGNED.unlead)
-_SIGNED_OUT, _POSITIVE_OUT = U32(_SIGNED.out), U32(_POSITIVE.out)
+_SIGNED_OUT = U32(_SIGNED.out)
+#: What is taken off a positive code's bits, before they are shifted by two.
+_POSITIVE_OUT = U32(_POSITIVE.out >> 2)
+assert _POSITIVE.out % 4 == 0, "taken off before or after the shift, it is the same"
 #: Added to a root as it comes out of the shift, these round it to a code, half to even, and leave
 #: the code in the low bits: 2^23 divided by the power of two that is still missing in the root.
 _SIGNED_ROUNDER = F32(2.0 ** (23 - (_SIGNED.into >> 23)))
@@ -41,19 +45,17 @@ assert _SIGNED.lead == _POSITIVE.lead, "the kernels share one lead"
 @njit(**KERNEL_OPTIONS)
 def decode_signed(code: Any, step: Any) -> Any:
     """Return the value of an int8 pattern; ``step`` is the block's scale over the lead."""
-    c = F32(np.int8(code))
-    sign = U32(float_bits(c) & U32(0x80000000))
-    squared = U32(U32(U32(float_bits(c) << U32(1)) - _SIGNED_OUT) & U32(0x7FFFFFFF))
-    unit = bits_float(U32(squared | sign))
-    # Chosen before the product: in a block that is not finite, nothing is zero.
-    return F32((unit if code != np.uint8(0) else F32(0.0)) * step)
+    bits = float_bits(F32(np.int8(code)))
+    # All codes' bits are above what is taken off, but those of zero, which becomes zero.
+    squared = U32(max(U32(bits << U32(1)), _SIGNED_OUT) - _SIGNED_OUT)
+    return F32(bits_float(U32(squared | U32(bits & U32(0x80000000)))) * step)
 
 
 @njit(**KERNEL_OPTIONS)
 def decode_positive(code: Any, step: Any) -> Any:
     """Return the value of a uint8 code."""
-    unit = bits_float(U32(U32(float_bits(F32(code)) << U32(2)) - _POSITIVE_OUT))
-    return F32((unit if code != np.uint8(0) else F32(0.0)) * step)
+    bits = max(float_bits(F32(code)), _POSITIVE_OUT)
+    return F32(bits_float(U32(U32(bits - _POSITIVE_OUT) << U32(2))) * step)
 
 
 @njit(**KERNEL_OPTIONS)
@@ -95,29 +97,27 @@ def adamw_blocks(
         blocks = min(BLOCKS, count - first)
         for b in range(blocks):
             row = first + b
-            # The high half of the 64-bit counter is constant in a block: 32-bit arithmetic.
-            index = offset + row * BLOCK
-            high_word, base = U32(U32(index >> 32) ^ high_key), U32(index & 4294967295)
-            w, e, g, mc, vc = weights[row], extras[row], grads[row], m_rows[row], v_rows[row]
-            mb, vb = m[b], v[b]
+            g, mc, vc, mb, vb = grads[row], m_rows[row], v_rows[row], m[b], v[b]
             m_step, v_step = F32(m_scale[row] * _UNLEAD), F32(v_scale[row] * _UNLEAD)
             m_worst, v_worst = U32(0), U32(0)
             for j in range(BLOCK):
                 old_m, old_v = decode_signed(mc[j], m_step), decode_positive(vc[j], v_step)
-                p = read_master(w, e, j)
-                new_m, new_v, p = adam_step(load(g, j), old_m, old_v, p, scalars)
-                write_master(w, e, j, p, U32(base + U32(j)), low_key, high_word)
+                new_m, new_v = adam_moments(load(g, j), old_m, old_v, scalars)
                 mb[j], vb[j] = new_m, new_v
                 m_worst = max(m_worst, U32(float_bits(new_m) & U32(0x7FFFFFFF)))
                 v_worst = max(v_worst, float_bits(new_v))  # no second moment is negative
             m_scale[row], v_scale[row] = scale_of(m_worst), scale_of(v_worst)
         for b in range(blocks):
             row = first + b
-            mc, vc, mb, vb = m_rows[row], v_rows[row], m[b], v[b]
+            # The high half of the 64-bit counter is constant in a block: 32-bit arithmetic.
+            index = offset + row * BLOCK
+            high_word, base = U32(U32(index >> 32) ^ high_key), U32(index & 4294967295)
+            w, e, mc, vc, mb, vb = weights[row], extras[row], m_rows[row], v_rows[row], m[b], v[b]
             m_factor, v_factor = into_unit(m_scale[row]), into_unit(v_scale[row])
             for j in range(BLOCK):
+                p = adam_move(mb[j], vb[j], read_master(w, e, j), scalars)
+                write_master(w, e, j, p, U32(base + U32(j)), low_key, high_word)
                 mc[j] = encode_signed(mb[j], m_factor)
-            for j in range(BLOCK):
                 vc[j] = encode_positive(vb[j], v_factor)
 
 
