@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .codec import Codec, Shape, check_input
 from .rounding import CounterGenerator, bfloat16_stochastic
-from .scales import poison
+from .scales import poison, quotient
 from .spec import TensorSpec
 
 
@@ -112,6 +112,6 @@ class ScaledFloat16Codec(Codec):
         if values.numel() == 0:
             return torch.zeros((), device=values.device)
         amax = poison(values.abs().amax())
-        _, exponent = torch.frexp(amax / _FP16_LARGEST)
+        _, exponent = torch.frexp(quotient(amax, _FP16_LARGEST))
         power = torch.ldexp(torch.ones_like(amax), exponent.clamp(-120, 127))
         return torch.where(amax == 0, amax, torch.where(torch.isnan(amax), amax, power))

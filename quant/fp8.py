@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .blocks import RowCodec
 from .minifloat import MiniFloat, eight_bit_float
-from .scales import block_amax, divide, poison
+from .scales import block_amax, divide, poison, quotient
 
 
 @final
@@ -67,7 +67,7 @@ class Fp8Codec(RowCodec):
         return {"scale": torch.float32} if self.granularity == "tensor" else {}
 
     def whole_stats(self, amax: Tensor) -> dict[str, Tensor]:
-        return {"scale": poison(amax) / self.float_format.largest}
+        return {"scale": quotient(poison(amax), self.float_format.largest)}
 
     def code_values(self) -> tuple[float, ...]:
         return self.float_format.values()
@@ -94,4 +94,4 @@ class Fp8Codec(RowCodec):
     def _scale(self, blocks: Tensor, whole: Mapping[str, Tensor]) -> Tensor:
         if self.per_tensor:
             return whole["scale"].expand(blocks.shape[0])
-        return block_amax(blocks) / self.float_format.largest
+        return quotient(block_amax(blocks), self.float_format.largest)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .codec import Codec, Shape, check_input
 from .minifloat import MiniFloat, eight_bit_float
 from .rounding import CounterGenerator, slab_elements, slabs
-from .scales import SCALE_DTYPES, SMALLEST_SUBNORMAL, check_scale_dtype, poison
+from .scales import SCALE_DTYPES, SMALLEST_SUBNORMAL, check_scale_dtype, poison, quotient
 from .spec import TensorSpec
 from .tables import code_table
 
@@ -147,7 +147,8 @@ class Fp8GridCodec(Codec):
         right = grid.across * grid.width - grid.cols
         padded = torch.nn.functional.pad(rows.abs(), (0, right, 0, below))
         amax = padded.view(count, grid.height, grid.across, grid.width).amax(dim=(1, 3))
-        return poison((poison(amax) / self.float_format.largest).to(SCALE_DTYPES[self.scale_dtype]))
+        scale = quotient(poison(amax), self.float_format.largest)
+        return poison(scale.to(SCALE_DTYPES[self.scale_dtype]))
 
     @staticmethod
     def _bands(grid: _Grid, device: torch.device) -> list[tuple[int, int, int, int]]:

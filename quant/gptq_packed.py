@@ -18,7 +18,7 @@ from torch import Tensor
 from .codec import Codec, Shape, check_input
 from .int4_group import Int4GroupCodec
 from .rounding import CounterGenerator, round_half_even, round_stochastic
-from .scales import block_amax, divide, poison, to_codes
+from .scales import block_amax, divide, poison, quotient, to_codes
 from .spec import TensorSpec
 
 _PER_WORD = 8  # 4-bit codes in an int32
@@ -108,7 +108,7 @@ class GptqPackedCodec(Codec):
 
     @staticmethod
     def _scale(blocks: Tensor) -> Tensor:
-        return poison((block_amax(blocks) / 7.0).to(torch.float16))
+        return poison(quotient(block_amax(blocks), 7.0).to(torch.float16))
 
     def _check_shape(self, shape: Shape) -> tuple[int, int]:
         fits = len(shape) == 2 and not shape[0] % _PER_WORD and not shape[1] % _PER_WORD

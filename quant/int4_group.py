@@ -23,6 +23,7 @@ from .scales import (
     check_scale_dtype,
     divide,
     poison,
+    quotient,
     to_codes,
 )
 
@@ -115,8 +116,8 @@ class Int4GroupCodec(RowCodec):
             amax = block_amax(blocks)
             minimum = poison(blocks.amin(dim=1).clamp(max=0.0).to(dtype))
             maximum = blocks.amax(dim=1).clamp(min=0.0)
-            scale = (maximum - minimum.to(torch.float32)) / 15.0
+            scale = quotient(maximum - minimum.to(torch.float32), 15.0)
             scale = torch.where(torch.isnan(amax), amax, scale)
             return {"scale": poison(scale.to(dtype)), "minimum": minimum}
         steps = 7.0 if self.mode == "signed" else 15.0
-        return {"scale": poison((block_amax(blocks) / steps).to(dtype))}
+        return {"scale": poison(quotient(block_amax(blocks), steps).to(dtype))}

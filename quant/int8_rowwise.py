@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .blocks import RowCodec
 from .rounding import round_half_even, round_stochastic
-from .scales import block_amax, divide, to_codes
+from .scales import block_amax, divide, quotient, to_codes
 
 _PER_CODE: Final = 7.874015718698502e-3  # 1 / 127 as bitsandbytes writes it
 
@@ -56,7 +56,7 @@ class Int8RowwiseCodec(RowCodec):
         self, blocks: Tensor, uniform: Tensor | None, whole: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         amax = block_amax(blocks)
-        scale = amax / 127.0
+        scale = quotient(amax, 127.0)
         scaled = divide(blocks, scale)
         rounded = round_half_even(scaled) if uniform is None else round_stochastic(scaled, uniform)
         codes = to_codes(rounded.clamp(-127.0, 127.0)).to(torch.int8)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .blocks import RowCodec
 from .minifloat import MiniFloat
-from .scales import block_amax, power_of_two
+from .scales import block_amax, power_of_two, quotient
 
 SCALE_RULES: Final = ("floor", "even", "ceil", "rceil")
 _BIAS: Final = 127
@@ -40,7 +40,7 @@ def shared_exponent(amax: Tensor, fmt: MiniFloat, rule: str) -> Tensor:
     [[127, 127], [127, 128]]
     """
     if rule == "rceil":
-        bits = (amax / fmt.largest).view(torch.int32)
+        bits = quotient(amax, fmt.largest).view(torch.int32)
         exponent, mantissa = (bits >> 23) & 0xFF, bits & 0x7F_FFFF
         # Exponent field 0 is subnormal: up to 2^-127 the byte is 0, above it 1.
         up = torch.where(exponent == 0, mantissa > 0x40_0000, mantissa > 0)

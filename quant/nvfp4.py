@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .blocks import RowCodec
 from .minifloat import E2M1, E4M3
-from .scales import block_amax, poison
+from .scales import block_amax, poison, quotient
 from .tables import code_table
 
 _SMALLEST_SCALE: Final = 2.0**-6  # the smallest normal E4M3 number
@@ -54,7 +54,7 @@ class Nvfp4Codec(RowCodec):
         return {"global_scale": torch.float32}
 
     def whole_stats(self, amax: Tensor) -> dict[str, Tensor]:
-        scale = poison(amax) / (E4M3.largest * E2M1.largest)
+        scale = quotient(poison(amax), E4M3.largest * E2M1.largest)
         return {"global_scale": scale.clamp(min=_SMALLEST_GLOBAL)}
 
     def code_values(self) -> tuple[float, ...]:
@@ -81,6 +81,6 @@ class Nvfp4Codec(RowCodec):
 
     @staticmethod
     def _block_scale(blocks: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = block_amax(blocks) / E2M1.largest / global_scale
+        wanted = quotient(block_amax(blocks), E2M1.largest) / global_scale
         codes = E4M3.encode(wanted.clamp(_SMALLEST_SCALE, E4M3.largest))
         return codes, code_table(E4M3.values(), blocks.device).lookup(codes)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .minifloat import MiniFloat
-from .scales import block_amax, divide, poison
+from .scales import block_amax, divide, poison, quotient
 from .tables import code_table
 
 
@@ -37,10 +37,10 @@ class Fp8Matrix:
         """Round a matrix with scales amax / largest, per row or for the tensor."""
         values = x.detach().to(torch.float32)
         if by_row:
-            scale = block_amax(values) / float_format.largest
+            scale = quotient(block_amax(values), float_format.largest)
         else:
             amax = values.abs().amax() if values.numel() else values.new_zeros(())
-            scale = (poison(amax) / float_format.largest).expand(values.shape[0])
+            scale = quotient(poison(amax), float_format.largest).expand(values.shape[0])
         codes = float_format.encode(divide(values, scale))
         kept = scale[:, None] if by_row else scale[0] if values.shape[0] else scale.new_zeros(())
         return cls(codes, kept, float_format)

@@ -43,6 +43,18 @@ def poison(scale: Tensor) -> Tensor:
     return torch.where(torch.isfinite(scale), scale, torch.full_like(scale, float("nan")))
 
 
+def quotient(x: Tensor, number: float) -> Tensor:
+    """Divide a tensor by a number, correctly rounded on every device.
+
+    Accelerators multiply by the rounded reciprocal of a Python number, which misses the quotient
+    by one unit now and then: scales, and with them codes, would depend on the device.
+
+    >>> quotient(torch.tensor([7.0]), 7.0)
+    tensor([1.])
+    """
+    return x / x.new_full((), number)
+
+
 def divide(blocks: Tensor, scale: Tensor) -> Tensor:
     """Divide (blocks, width) by (blocks,), giving zeros where the scale is zero."""
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)

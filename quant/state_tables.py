@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .blocks import FlatCodec
 from .minifloat import E4M3
-from .scales import block_amax, divide
+from .scales import block_amax, divide, quotient
 from .tables import code_table
 
 _SIGNED_4BIT: Final = (
@@ -117,7 +117,7 @@ class Fp8BlockwiseCodec(FlatCodec):
     def encode_blocks(
         self, blocks: Tensor, uniform: Tensor | None, whole: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        scale = block_amax(blocks) / E4M3.largest
+        scale = quotient(block_amax(blocks), E4M3.largest)
         return E4M3.encode(divide(blocks, scale), uniform), {"scale": scale}
 
     def expand(
