@@ -124,12 +124,12 @@ def decode_positive(codes: Any, tables: Any, values: Any) -> None:
 
 
 def encode_signed(values: Any, factor: Any, tables: Any, codes: Any) -> None:
-    """Write the codes of a block of finite values times a factor (compiled code only)."""
+    """Write a block's codes, any ones for values not finite (compiled code only)."""
     raise TypeError("encode_signed() exists in compiled kernels only")
 
 
 def encode_positive(values: Any, factor: Any, tables: Any, codes: Any) -> None:
-    """Write the codes of a block of finite values, none negative (compiled code only)."""
+    """Write a block's codes, none of whose values is negative (compiled code only)."""
     raise TypeError("encode_positive() exists in compiled kernels only")
 
 
@@ -242,15 +242,16 @@ def adamw_blocks(
                     vb[j] = F32(1e-45) if lost else quotient
             m_factor = F32(1.0) if short else into_unit(m_scale[row])
             v_factor = F32(1.0) if short else into_unit(v_scale[row])
-            # A block that is not finite is NaN whatever its codes; NaN has the codec's last one.
-            if m_scale[row] == m_scale[row]:
-                encode_signed(mb, m_factor, tables, mc)
-            else:
-                mc[:] = np.uint8(255)
-            if v_scale[row] == v_scale[row]:
-                encode_positive(vb, v_factor, tables, vc)
-            else:
-                vc[:] = np.uint8(255)
+            encode_signed(mb, m_factor, tables, mc)
+            encode_positive(vb, v_factor, tables, vc)
+
+
+@njit(**KERNEL_OPTIONS)
+def mark_lost(codes: Any, scale: Any) -> None:
+    """Give blocks that are not finite the codec's code of NaN; their values are NaN anyway."""
+    for row in range(scale.shape[0]):
+        if not scale[row] == scale[row]:
+            codes[row * BLOCK : (row + 1) * BLOCK] = np.uint8(255)
 
 
 @njit(**KERNEL_OPTIONS)
@@ -277,3 +278,5 @@ def adamw_dynamic(
         left = weight.shape[0] - end
         weight[end:], m_codes[end:], v_codes[end:] = w[:left], mc[:left], vc[:left]
         extra[end:] = e[: extra[end:].shape[0]]
+    mark_lost(m_codes, m_scale)
+    mark_lost(v_codes, v_scale)

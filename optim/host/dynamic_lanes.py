@@ -205,7 +205,7 @@ def _signed_code(builder: Any, rank: Any, sign: Any) -> Any:
     return builder.select(negative(builder, sign), below, builder.add(middle, rank))
 
 
-#: Compiled code calls these with contiguous rows of 256: values, all finite, their factor,
-#: ``lane_tables``, codes.
+#: Compiled code calls these with contiguous rows of 256: values, factor, ``lane_tables``, codes.
+#: Values that are not finite get any codes.
 encode_signed_row: Any = intrinsic(_encoder(signed=True))
 encode_positive_row: Any = intrinsic(_encoder(signed=False))
