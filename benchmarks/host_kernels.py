@@ -67,25 +67,26 @@ def mimic(weight: Any, grad: Any, master: Any, m: Any, v: Any) -> None:
 def main() -> int:
     """Run, print the table and the claims; return 0 only if all hold."""
     arguments = parse((__doc__ or "").split("\n")[0])
-    count, small = (24_000_000, 400_000) if arguments.quick else (100_000_000, 4_000_000)
+    count, peer_count = (24_000_000, 4_000_000) if arguments.quick else (100_000_000,) * 2
     rounds, threads = (5 if arguments.quick else 9), os.cpu_count() or 1
     torch.set_num_threads(threads)
     print(f"{threads} threads, {count} parameters")
     times = table(interleave(kernels(count, threads), rounds), count)
-    print(f"{threads} threads, {small} fp32 parameters")
-    peers = table(interleave(low_bit(small, threads), rounds), small)
+    print(f"{threads} threads, {peer_count} fp32 parameters")
+    peers = table(interleave(low_bit(peer_count, threads), rounds), peer_count)
     refresh = basis(arguments)
     print(f"basis refresh: {refresh}")
     moved = moved_without_gradient()
     torch.set_num_threads(1)
     print(f"1 thread, {count // 2} parameters")
     alone = table(interleave(kernels(count // 2, 1), 5), count // 2)
-    print(f"1 thread, {small} fp32 parameters")
-    peers_alone = table(interleave(low_bit(small, 1), 5), small)
+    print(f"1 thread, {peer_count // 2} fp32 parameters")
+    peers_alone = table(interleave(low_bit(peer_count // 2, 1), 5), peer_count // 2)
     figures = {
         "threads": threads, "count": count, "seconds": times, "peers": peers, "refresh": refresh,
         "moved_without_gradient": moved, "one_thread": {"count": count // 2, "seconds": alone},
-        "one_thread_peers": {"count": small, "seconds": peers_alone},
+        "peer_count": peer_count,
+        "one_thread_peers": {"count": peer_count // 2, "seconds": peers_alone},
     }  # fmt: skip
     return finish(arguments, figures, judge(times, peers, refresh, moved))
 
