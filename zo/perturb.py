@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -53,11 +53,14 @@ class StepUpdate:
     grads: tuple[float, ...]
     decay: float = 1.0
     step: int = 0
+    scales: tuple[float, ...] = field(init=False, repr=False)
+    """Learning rate times projected grad over the number of directions; used as fp32."""
 
-    @property
-    def scales(self) -> tuple[float, ...]:
-        """Learning rate times projected grad over the number of directions; used as fp32."""
-        return tuple(self.lr * grad / len(self.grads) for grad in self.grads)
+    def __post_init__(self) -> None:
+        count = len(self.grads)
+        # Made once: every parameter asks for them.
+        scales = tuple(self.lr * grad / count for grad in self.grads)
+        object.__setattr__(self, "scales", scales)
 
 
 def write_perturbed(

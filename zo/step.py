@@ -31,6 +31,7 @@ from .factored import FactoredTrace
 from .log import LogHeader, ReplayLog, StepRecord
 from .members import MemberForward, TrainedMatrix
 from .noise import step_seed
+from .perturb import StepUpdate
 from .replay import places_of, trained_shapes, updates_of
 from .residual import Fp32Residual
 from .select import select_parameters
@@ -284,8 +285,7 @@ class ZOStep:
             )
         for record in records:
             self._remember(record.losses, record.eps)
-        for name in self._weights.parameters:
-            self._weights.apply(name, updates_of(self._settings, records, name))
+        self._apply_to_all(records)
         if records:
             self._next_step = records[-1].step + 1
             self._weights.settle(self._next_step)
@@ -337,8 +337,16 @@ class ZOStep:
         return rounded, True
 
     def _apply(self, record: StepRecord) -> None:
-        for name in self._weights.parameters:
-            self._weights.apply(name, updates_of(self._settings, [record], name))
+        self._apply_to_all([record])
         self._next_step = record.step + 1
         self._skipped += record.skipped
         self._weights.settle(self._next_step)
+
+    def _apply_to_all(self, records: Sequence[StepRecord]) -> None:
+        # An update depends on a parameter's name by its weight decay only.
+        shared: dict[bool, list[StepUpdate]] = {}
+        for name in self._weights.parameters:
+            decays = self._settings.decays(name)
+            if decays not in shared:
+                shared[decays] = updates_of(self._settings, records, name)
+            self._weights.apply(name, list(shared[decays]))
