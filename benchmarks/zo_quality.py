@@ -10,8 +10,9 @@ this repository.
 
 Every method gets ``--forwards`` forward passes of one batch; first-order LoRA spends three on a
 step (a backward pass counts as two).  All learning rates fall linearly to zero, as they do in the
-Hugging Face Trainer.  Each method's rate is the best of a short grid on sentences of their own
-(``--sweep`` forwards, mean loss of ``--sweep-seeds``); accuracy is that of other sentences.  The
+Hugging Face Trainer.  A method's rate is the best of a short grid on sentences of their own
+(``--sweep`` forwards, mean loss of ``--sweep-seeds``); accuracy is that of other sentences.  MeZO
+runs at two rates and is judged by the better one; LoRA, for comparison only, at a usual one.  The
 JSON file is written after every run and continued by the next call: a long table may be made in
 pieces.
 
@@ -55,9 +56,11 @@ SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 TEMPLATE, WORDS = "{} It was", (" terrible", " great")
 GRIDS = {
     "MeZO": (5e-5, 1e-4, 2e-4, 4e-4),
+    # 1e-4 and 2e-4 tie in the sweep, and 2e-4 diverges now and then.
+    "MeZO, half the rate": (1e-4,),
     "recommended": (2e-2, 4e-2, 6e-2, 9e-2),
     "QZO": (3e-6, 1e-5, 3e-5),
-    "LoRA, first order": (5e-4, 1e-3, 2e-3),
+    "LoRA, first order": (5e-4,),
 }
 PARTS = 3  # of a run, with a measurement after each
 
@@ -191,7 +194,7 @@ def zeroth_order(
     model: nn.Module, method: str, lr: float, seed: int, batch: int
 ) -> tuple[ZOStep, bool]:
     """The run of a method, and whether its members share one forward."""
-    if method == "MeZO":
+    if method.startswith("MeZO"):
         return ZOStep(model, ZOSettings(lr=lr, eps=1e-3, seed=seed)), False
     if method == "QZO":
         codec = Int4GroupCodec(block_size=64, scale_dtype="float32")
@@ -217,7 +220,8 @@ def _first_order(
 
     torch.manual_seed(key["seed"])
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    adapted = get_peft_model(model, config)
+    # fp32 adapters over bf16 activations are the slower way on a CPU.
+    adapted = get_peft_model(model.float(), config)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=key["lr"], weight_decay=0.0)
     spent = 0
@@ -300,10 +304,10 @@ def main() -> int:
     best: dict[str, float] = {}
     for method, grid in grids.items():
         trials = {}
-        for lr in grid:
+        for lr in grid if len(grid) > 1 else ():
             ends = [row("sweep", method, lr, seed)["curve"][-1] for seed in sweep_seeds]
             trials[lr] = statistics.mean(end["loss"] for end in ends)
-        best[method] = min(trials, key=trials.__getitem__)
+        best[method] = min(trials, key=trials.__getitem__) if trials else grid[0]
     accuracy, loss = task.measure(task.model(), task.test)
     finals = {
         method: [row("final", method, best[method], seed) for seed in range(seeds)]
@@ -339,9 +343,10 @@ def report(
         _claim(f"{method}: accuracy over zero-shot", mean - accuracy)
         for method, mean in means.items()
     ]
-    if means.keys() >= {"recommended", "MeZO"}:
-        lead = means["recommended"] - means["MeZO"]
-        claims.insert(0, _claim("recommended: accuracy over MeZO", lead))
+    theirs = [mean for method, mean in means.items() if method.startswith("MeZO")]
+    if "recommended" in means and theirs:
+        lead = means["recommended"] - max(theirs)
+        claims.insert(0, _claim("recommended: accuracy over MeZO at its better rate", lead))
     return claims
 
 
