@@ -308,7 +308,7 @@ def plot(results: Results, path: Path) -> None:
             gaps = [100 * (curve[count] / base[count] - 1) for count in curve]
             curves.plot([int(count) for count in curve], gaps, marker="o", label=word)
     curves.axhline(1, color="#888888", linewidth=0.8, linestyle="--")
-    curves.set_ylim(bottom=0)
+    curves.axhline(0, color="#888888", linewidth=0.8)
     curves.set_xlabel("tokens of LoRA fine-tuning")
     curves.set_ylabel("held-out loss over bf16 fine-tuned alike, %")
     curves.set_title("and what fine-tuning wins back")
