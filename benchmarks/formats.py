@@ -13,7 +13,8 @@ beginning of the training part.  All linear layers of the decoder are encoded; c
 fp32, so that the table shows the formats and nothing else.  LoRA runs over the decoded weights
 (the bits are those of the encoded layers) under bf16 autocast, where its losses are measured too:
 one epoch, the same batches, rank and schedule for every base.  The adapters of a corrected base
-begin as its EoRA factors, those of the others as LoRA's do.
+begin as its EoRA factors, those of the others as LoRA's do: what a corrected base gains on the
+bf16 one is that start as well as the base.
 
 For comparison a small Llama is trained here from scratch on the same text, so that its weights
 have never been rounded: its rows say what a format costs real-valued weights.
