@@ -33,12 +33,12 @@ class CommonRight(Factored):
 
     >>> from headrace.zo import CommonRight
     >>> CommonRight(directions=64, rank=2).window_steps
-    8
+    25
     """
 
     directions: int
     rank: int = 2
-    steps: int = 8
+    steps: int = 25
     kind: Kind = Kind.GAUSSIAN
 
     def __post_init__(self) -> None:
