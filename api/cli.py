@@ -173,10 +173,12 @@ def _tune(chosen: argparse.Namespace) -> _Output:
         if store is not None and store.is_dir():
             watcher.say(f"to go on: headrace tune --resume {store}")
         raise
+    trained = f"{result.steps} steps, {result.num_tokens:,} tokens"
+    if result.train_seconds:  # none for a finished run that only had its result to write
+        rate = result.num_tokens / result.train_seconds
+        trained += f" in {result.train_seconds:.0f} s ({rate:,.0f} tokens/s)"
     lines = [
-        f"{result.steps} steps, {result.num_tokens:,} tokens in {result.train_seconds:.0f} s "
-        f"({result.num_tokens / max(result.train_seconds, 1e-9):,.0f} tokens/s); "
-        f"the whole run {result.total_seconds:.0f} s",
+        f"{trained}; the whole run {result.total_seconds:.0f} s",
         f"saved in {result.out}",
     ]
     if options.store_folder is not None:

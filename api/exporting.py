@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, final
@@ -24,7 +26,7 @@ from headrace.quant.spec import TensorSpec
 
 from .errors import InputError
 from .merged_weights import Change, MergedTensor, merged_chunks, tensor_list
-from .saving import check_new_folder, written_whole
+from .saving import check_new_folder, check_room, written_whole
 from .streamed import streamed_model_of
 
 SHARD_BYTES = 128 << 20
@@ -76,14 +78,12 @@ def write_model(
 
 def write_shards(chunks: Iterable[dict[str, Tensor]], folder: Path) -> None:
     """Write tensors, some at a time, as safetensors shards with an index if there are several."""
-    from safetensors.torch import save_file
-
     weight_map: dict[str, str] = {}
     written: list[Path] = []
     total_bytes = 0
     for tensors in _grouped(chunks):
         path = folder / f"model-{len(written) + 1:05d}.safetensors"
-        save_file(tensors, path, metadata={"format": "pt"})
+        _save_shard(tensors, path)
         weight_map.update(dict.fromkeys(tensors, path.name))
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         written.append(path)
@@ -97,6 +97,22 @@ def write_shards(chunks: Iterable[dict[str, Tensor]], folder: Path) -> None:
         }
         path = folder / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    check_room(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # What the system refused comes as text; it is the user's to change, so it gets its number.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _shard_name(place: int, count: int) -> str:

@@ -41,6 +41,7 @@ from headrace.quant.model import declare_encoded, decoding_bytes
 from .budgets import default_budgets, parse_bytes
 from .capture import open_tap
 from .checkpoint import Checkpoint, ConvertedBacking
+from .closing import ClosedAfter
 from .compatibility import chosen_dtype, dtype_plan
 from .copying import make_copyable
 from .errors import InputError
@@ -216,7 +217,7 @@ def attach(
 ) -> None:
     """Put placeholders, chunks and lanes under a model whose parameters are on meta."""
     closing = ExitStack()
-    opened.callback(closing.close)
+    opened.push(ClosedAfter(closing.close))
     timeline = Timeline()
     host_budget = Budget(Tier.HOST, limit_bytes=host_bytes)
     device_budget = Budget(Tier.DEVICE, limit_bytes=device_bytes)

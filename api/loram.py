@@ -21,6 +21,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
+from .closing import ClosedAfter
 from .errors import InputError
 from .exporting import write_shards
 from .loading import find_folder, load
@@ -98,7 +99,7 @@ def prune(
         folder, train="none", device="cpu", device_budget=device_budget, host_budget=host_budget
     )
     assert isinstance(streamed, StreamedModel)
-    try:
+    with ClosedAfter(streamed.close):
         whole = Geometry.of(streamed.config)
         left = whole.pruned(keep)
         _check_prunable(streamed)
@@ -117,8 +118,6 @@ def prune(
             _copy_tokenizer(folder, partial)
             record = {"base": str(folder.absolute()), "keep": keep, "kept": kept}
             (partial / KEPT_NAME).write_text(json.dumps(record) + "\n", encoding="utf-8")
-    finally:
-        streamed.close()
 
 
 def recover(adapters: str | Path, out: str | Path) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from headrace.quant.codec import Codec
 
+from .closing import ClosedAfter
 from .errors import InputError
 from .exporting import export, write_model
 from .preparation import load_tokenizer
@@ -80,13 +81,11 @@ def merge_adapters(
         host_budget=host_budget,
     )
     assert isinstance(model, StreamedModel)
-    try:
+    with ClosedAfter(model.close):
         adapted = PeftModel.from_pretrained(model, str(folder))
         with written_whole(out) as partial:
             write_model(adapted, partial, format=format)
             tokenizer.save_pretrained(partial)
-    finally:
-        model.close()
     return base
 
 

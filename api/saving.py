@@ -7,6 +7,7 @@ something is never replaced.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
+
+_DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 
 
 def check_new_folder(folder: Path) -> None:
@@ -27,6 +30,32 @@ def check_new_folder(folder: Path) -> None:
     ancestor = next(parent for parent in folder.absolute().parents if parent.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
         raise InputError(f"--out {folder} cannot be made: {ancestor} cannot be written to")
+
+
+def check_room(folder: Path, nbytes: int) -> None:
+    """Refuse a folder whose disk lacks the room for ``nbytes``, with the bytes that are missing."""
+    ancestor = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(ancestor).free
+    if nbytes > free:
+        raise InputError(
+            f"{folder} needs {nbytes:,} bytes, but its disk has {free:,} free: "
+            f"{nbytes - free:,} bytes are missing; free them, or give a folder on another disk"
+        )
+
+
+@contextmanager
+def kept_in(store: Path | None) -> Iterator[None]:
+    """Where the body cannot write the result of a run, say that ``store`` holds the run."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        refused = isinstance(error, InputError) or error.errno in _DISK_ERRNOS
+        if store is None or not refused:
+            raise
+        raise InputError(
+            f"{error}; the run is kept in {store}: once that is mended, "
+            f"headrace tune --resume {store} takes it up there"
+        ) from error
 
 
 @contextmanager

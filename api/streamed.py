@@ -50,6 +50,12 @@ def streamed_model_of(model: nn.Module) -> StreamedModel:
     raise InputError(f"{type(model).__name__} is not streamed; open it with headrace.load")
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a streamed model's weights as they stream: what a folder of them takes, nearly."""
+    chunks = streamed_model_of(model)._runtime.engine.chunks
+    return sum(chunk.layout.nbytes for chunk in chunks.values())
+
+
 def runtime_of(model: nn.Module) -> Runtime:
     """The runtime that streams ``model``: its engine, budgets, lanes and statistics.
 

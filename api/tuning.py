@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .closing import ClosedAfter
 from .exporting import write_model
 from .options import TuneOptions
 from .preparation import Material, prepare
 from .progress import ConsoleWatcher, Watcher
 from .reporting import SUMMARY_NAME, report
 from .run_memory import RunMemory
-from .saving import written_whole
+from .saving import check_room, kept_in, written_whole
 from .selection import Selection, selection_of
-from .streamed import StreamedModel, streamed_model_of
+from .streamed import StreamedModel, streamed_model_of, weight_bytes
 from .tune_result import TuneResult, evaluated, sampled, step_event
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def tune(options: TuneOptions, *, watcher: Watcher | None = None) -> TuneResult:
         with _opened(options, selection) as model:
             tuned, result = _train(options, material, model, watcher, began, selection)
             watcher.say(f"saving {options.out}")
-            _save(options, material, tuned, result)
+            with kept_in(options.store_folder):
+                _save(options, material, tuned, result)
     return result
 
 
@@ -86,10 +88,8 @@ def _opened(options: TuneOptions, selection: Selection | None) -> Iterator[PreTr
         resume=options.resume,
     )
     assert isinstance(model, StreamedModel)
-    try:
+    with ClosedAfter(model.close):
         yield model
-    finally:
-        model.close()
 
 
 def _with_adapters(options: TuneOptions, model: PreTrainedModel) -> Any:
@@ -119,6 +119,8 @@ def _train(
     model: Any = _with_adapters(options, opened) if options.method == "lora" else opened
     training = streamed_model_of(opened)._training_side
     memory = RunMemory(options, material.train)
+    if options.method == "full":
+        check_room(options.out, weight_bytes(opened))  # before a store is made
     training.user_state = memory.capture
     optimizer = adamw(
         model,
@@ -128,6 +130,9 @@ def _train(
         max_grad_norm=options.clip_norm,
         seed=options.seed,
     )
+    if options.method == "full":
+        with kept_in(options.store_folder):
+            check_room(options.out, weight_bytes(opened))  # again: the store has its room by now
     steps = material.steps
     first_step = training.steps
     if options.resume:

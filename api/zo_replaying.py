@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
 
+from .closing import ClosedAfter
 from .errors import InputError
 from .exporting import write_model
 from .preparation import load_tokenizer
@@ -65,7 +66,7 @@ def replay_run(
     tokenizer = load_tokenizer(base)
     with Replayer(header, records, threads=threads or os.cpu_count() or 1) as replayer:
         model = _opened(base)
-        try:
+        with ClosedAfter(model.close):
             check_plain(
                 model,
                 base,
@@ -79,8 +80,6 @@ def replay_run(
                 replayer.check_complete()
                 tokenizer.save_pretrained(folder)
                 shutil.copyfile(log, folder / "replay.zolog")
-        finally:
-            model.close()
         return ReplayResult(
             out=out,
             steps=len(records),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from headrace.offload.loss import LazyLogits
 
+from .closing import ClosedAfter
 from .data import IGNORED_LABEL
 from .errors import InputError
 from .exporting import write_model
@@ -26,8 +27,8 @@ from .options import TuneOptions
 from .preparation import Material
 from .progress import Watcher
 from .reporting import SUMMARY_NAME, report
-from .saving import written_whole
-from .streamed import StreamedModel, runtime_of
+from .saving import check_room, kept_in, written_whole
+from .streamed import StreamedModel, runtime_of, weight_bytes
 from .tune_result import TuneResult, evaluated, sampled, step_event
 from .zo_run import LOG_NAME, check_plain, check_rows, create_run, read_run
 
@@ -51,16 +52,15 @@ def tune_zo(options: TuneOptions, material: Material, watcher: Watcher, began: f
         host_budget=options.host_budget,
     )
     assert isinstance(model, StreamedModel)
-    try:
+    with ClosedAfter(model.close):
         check_plain(
             model,
             options.model,
             "give the checkpoint that they were made of, or train their scales from Python "
             "(headrace.zo.quantised: qzo_settings, trains_scales)",
         )
+        check_room(options.out, weight_bytes(model))
         return _run(options, material, model, watcher, began)
-    finally:
-        model.close()
 
 
 def settings_of(options: TuneOptions) -> ZOSettings:
@@ -122,7 +122,8 @@ def _run(
     finally:
         zo.close()
     watcher.say(f"saving {options.out}")
-    _save(options, material, model, result, store / LOG_NAME)
+    with kept_in(store):
+        _save(options, material, model, result, store / LOG_NAME)
     return result
 
 

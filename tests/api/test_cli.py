@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from headrace.cli import main
@@ -425,3 +427,49 @@ def test_as_a_module(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("headrace: none/headrace.json: cannot be read")
     assert done.stderr.count("\n") == 1
+
+
+# A disk that is full at the end
+
+
+def nearly_full(free_bytes: int) -> Callable[[object], Any]:
+    def usage(_: object) -> Any:
+        return SimpleNamespace(total=1 << 40, used=0, free=free_bytes)
+
+    return usage
+
+
+@pytest.mark.parametrize("method", ["full", "zo"])
+def test_a_disk_without_room_for_the_result_is_refused_at_the_start(
+    tune: Tune,
+    method: str,
+    refusal: Refusal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", nearly_full(1000))
+    refusal.check(tune(method=method), f"{tune.out} needs ")
+    assert not tune.out.exists() and not Path(f"{tune.out}.store").exists()
+
+
+@pytest.mark.parametrize("method", ["full", "zo"])
+def test_a_disk_that_is_full_at_the_end_costs_no_step(
+    tune: Tune,
+    method: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        code = tune(method=method)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    store = Path(f"{tune.out}.store")
+    assert code == 2 and "No space left on device" in said, said
+    assert f"headrace tune --resume {store}" in said and "closing failed" not in said
+    assert not tune.out.exists() and not [name for name in below(tmp_path) if "partial" in name]
+    assert main(["tune", "--resume", str(store)]) == 0
+    tuned = AutoModelForCausalLM.from_pretrained(tune.out)
+    assert all(bool(p.isfinite().all()) for p in tuned.parameters())
