@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from .tune_result import TuneResult, evaluated, sampled, step_event
 from .zo_run import LOG_NAME, check_plain, check_rows, create_run, read_run
 
 if TYPE_CHECKING:
+    from headrace.zo.basis import Basis
     from headrace.zo.settings import ZOSettings
     from headrace.zo.step import ZOStep
 
@@ -63,8 +64,8 @@ def tune_zo(options: TuneOptions, material: Material, watcher: Watcher, began: f
         return _run(options, material, model, watcher, began)
 
 
-def settings_of(options: TuneOptions) -> ZOSettings:
-    """The method that the options name."""
+def settings_of(options: TuneOptions, basis: Basis | None = None) -> ZOSettings:
+    """The method that the options name, ``basis`` for the recommended one."""
     from headrace.zo.settings import ZOSettings, recommended
 
     lr, eps = options.learning_rate, options.zo_eps
@@ -77,7 +78,35 @@ def settings_of(options: TuneOptions) -> ZOSettings:
             "between merges and have none: leave it out, or give --zo-method mezo"
         )
     copies, rows = options.zo_directions, options.batch_size
-    return recommended(lr=lr, eps=eps, seed=options.seed, copies=copies, examples=rows)
+    return recommended(lr=lr, eps=eps, seed=options.seed, copies=copies, examples=rows, basis=basis)
+
+
+def measured_basis(
+    options: TuneOptions, material: Material, model: StreamedModel, watcher: Watcher
+) -> Basis | None:
+    """Input directions of the model's layers on the first batches; None if the method has none."""
+    from headrace.zo.basis import MEASURED_BATCHES, measure_basis
+
+    if options.zo_method == "mezo":
+        return None
+    count = min(MEASURED_BATCHES, material.steps)
+    watcher.say(f"measuring the layers' input directions on {count} batches")
+    batches = (
+        material.batch(material.train, material.order.rows(step), model.device)
+        for step in range(count)
+    )
+    model.eval()
+    return measure_basis(model, batches, forward=_without_logits)
+
+
+def _without_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    assert isinstance(model, StreamedModel)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if model._head is None:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+        return
+    with runtime_of(model).forward_pass(len(batch["labels"]), training=False):
+        _before_the_head(model, inputs)
 
 
 def _run(
@@ -85,7 +114,7 @@ def _run(
 ) -> TuneResult:
     store = options.store_folder
     assert store is not None
-    settings = settings_of(options)
+    settings_of(options)  # refuses before anything is made
     if options.resume:
         record = read_run(store)
         check_rows(record, material.train, store)
@@ -96,7 +125,7 @@ def _run(
             "sample_before": sampled(options, material, model, watcher, "before"),
         }
         create_run(store, options, material.train, measured)
-    zo = _opened(settings, model, store / LOG_NAME)
+    zo = _opened(options, material, model, watcher, store / LOG_NAME)
     try:
         if zo.next_step:
             watcher.say(f"going on after step {zo.next_step} of {material.steps}")
@@ -127,17 +156,22 @@ def _run(
     return result
 
 
-def _opened(settings: ZOSettings, model: Any, log: Path) -> ZOStep:
+def _opened(
+    options: TuneOptions, material: Material, model: Any, watcher: Watcher, log: Path
+) -> ZOStep:
     from headrace.zo.step import ZOStep
     from headrace.zo.streamed import StreamedWeights
 
     runtime = runtime_of(model)
     if not log.exists():
+        settings = settings_of(options, measured_basis(options, material, model, watcher))
         weights = StreamedWeights(model, runtime, settings.directions)
         return ZOStep(model, settings, log=log, weights=weights)
 
+    directions = settings_of(options).directions
+
     def again(select: Callable[[str, nn.Parameter], bool]) -> StreamedWeights:
-        return StreamedWeights(model, runtime, settings.directions, select=select)
+        return StreamedWeights(model, runtime, directions, select=select)
 
     return ZOStep.resume(model, log, weights=again)
 

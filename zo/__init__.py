@@ -4,7 +4,8 @@
 than a resident model.
 """
 
-from .aim import ActivationSubspace, Basis, measure_basis
+from .aim import ActivationSubspace
+from .basis import Basis, measure_basis
 from .common_right import CommonRight
 from .control import Clip, RmsScale, Standardize
 from .dense import Dense

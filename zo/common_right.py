@@ -1,11 +1,18 @@
 """Low-rank directions with one right factor for all: LOZO's, for populations of any size.
 
-Direction i of a step is ``A_i V^T / sqrt(r)``: A_i [p, r] is new every step, V [d, r] belongs to
-the window and to all directions.  Factors are as small as one direction's, however many there are,
-so that a population with directions for every example costs little beyond its base matmuls.
+Direction i of a step is ``A_i V^T``: A_i [p, r] is new every step, V [d, r] belongs to the window
+and to all directions.  Factors are as small as one direction's, however many there are, so that a
+population with directions for every example costs little beyond its base matmuls.
+
+V is drawn anew for every window, or is a layer's strongest input directions (a ``Basis``), as in
+AIM-ZO: a random direction meets ``r / d`` of a gradient's squared length on average, the inputs'
+own two about half of it.
 
 LOZO: "Enhancing zeroth-order fine-tuning for language models with low-rank structures", 2024.
-Deviation: elements of a direction have variance 1, as MeZO's have.
+Deviation: elements of a random direction have variance 1, as MeZO's have.  AIM-ZO: "Activation-
+informed subspaces for multi-query zeroth-order fine-tuning", 2026.  Deviations: see ``aim``, and
+directions have as many left factors as the basis has columns; they move a layer's outputs about as
+far as random ones.
 """
 
 from __future__ import annotations
@@ -17,8 +24,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from .basis import Basis
 from .directions import Place
-from .factored import Factored, Window
+from .factored import Factored, Window, check_sizes
 from .noise import Factor, Kind, noise, noise_of_directions
 from .perturb import StepUpdate, apply_update
 
@@ -28,8 +36,10 @@ from .perturb import StepUpdate, apply_update
 class CommonRight(Factored):
     """Rank-``rank`` directions that share right factors; these last ``steps`` steps.
 
-    State: fp32 [p + d, rank] a matrix, nothing on disk.  ``LowRank`` gives every direction a right
-    factor of its own: wider windows, and work that grows with the square of the population.
+    ``basis``: measured input directions instead of random ones; weights that it lacks (GPT-2's
+    transposed ones) keep random ones.  State: fp32 [p + d, rank] a matrix, nothing on disk.
+    ``LowRank`` gives every direction a right factor of its own: wider windows, and work that grows
+    with the square of the population.
 
     >>> from headrace.zo import CommonRight
     >>> CommonRight(directions=64, rank=2).window_steps
@@ -40,16 +50,14 @@ class CommonRight(Factored):
     rank: int = 2
     steps: int = 25
     kind: Kind = Kind.GAUSSIAN
+    basis: Basis | None = None
 
     def __post_init__(self) -> None:
-        if self.directions < 1 or self.rank < 1:
+        check_sizes(self.directions, self.rank)
+        if self.basis is not None and self.basis.rank != self.rank:
             raise ValueError(
-                f"directions and rank must be positive, got {self.directions} and {self.rank}"
+                f"rank is {self.rank}, but the basis has {self.basis.rank} columns a layer"
             )
-
-    @property
-    def window_steps(self) -> int:
-        return self.steps
 
     def open_window(self, place: Place, seed: int) -> CommonRightWindow:
         return CommonRightWindow(self, place, seed)
@@ -63,16 +71,11 @@ class CommonRightWindow(Window):
         self._directions = directions
         self._shape = (place.shape[0], directions.rank)
         self._stream = place.stream ^ Factor.LEFT
-        normals = noise(
-            directions.kind,
-            seed=seed,
-            stream=place.stream ^ Factor.RIGHT,
-            direction=0,
-            start=0,
-            count=place.shape[1] * directions.rank,
-        )
-        self._right = normals.view(place.shape[1], directions.rank)
-        self._right /= math.sqrt(directions.rank)
+        basis = directions.basis
+        if basis is not None and place.name in basis:
+            self._right = basis.matrix(place.name, place.shape[1])
+        else:
+            self._right = _random_right(directions, place, seed)
         self._left: Tensor | None = None
 
     @property
@@ -97,3 +100,15 @@ class CommonRightWindow(Window):
         if self._left is None:
             self._left = torch.zeros(self._shape)
         apply_update(self._left, [update], kind=self._directions.kind, stream=self._stream)
+
+
+def _random_right(directions: CommonRight, place: Place, seed: int) -> Tensor:
+    normals = noise(
+        directions.kind,
+        seed=seed,
+        stream=place.stream ^ Factor.RIGHT,
+        direction=0,
+        start=0,
+        count=place.shape[1] * directions.rank,
+    )
+    return normals.view(place.shape[1], directions.rank) / math.sqrt(directions.rank)

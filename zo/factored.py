@@ -50,15 +50,22 @@ class Window(ABC):
         """Take one step's update into L."""
 
 
+def check_sizes(directions: int, rank: int = 1) -> None:
+    """Refuse numbers of directions or ranks below one."""
+    if directions < 1 or rank < 1:
+        raise ValueError(f"directions and rank must be positive, got {directions} and {rank}")
+
+
 class Factored(Directions):
     """Directions that are ``A R^T`` with R fixed for a window of steps."""
 
     directions: int  # how many of them a step probes
+    steps: int
 
     @property
-    @abstractmethod
     def window_steps(self) -> int:
         """Steps between merges."""
+        return self.steps
 
     @abstractmethod
     def open_window(self, place: Place, seed: int) -> Window:

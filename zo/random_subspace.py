@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .directions import Place
-from .factored import Factored, Window
+from .factored import Factored, Window, check_sizes
 from .noise import Factor, Kind, noise, noise_of_directions
 from .perturb import StepUpdate
 
@@ -62,14 +62,7 @@ class RandomSubspace(Factored):
     adam: CoreAdam | None = None
 
     def __post_init__(self) -> None:
-        if self.directions < 1 or self.rank < 1:
-            raise ValueError(
-                f"directions and rank must be positive, got {self.directions} and {self.rank}"
-            )
-
-    @property
-    def window_steps(self) -> int:
-        return self.steps
+        check_sizes(self.directions, self.rank)
 
     def open_window(self, place: Place, seed: int) -> SubspaceWindow:
         return SubspaceWindow(self, place, seed)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from ..offload.errors import StoreFormatError
-from .aim import ActivationSubspace, Basis
+from .aim import ActivationSubspace
+from .basis import Basis
 from .common_right import CommonRight
 from .control import Clip, Control, RmsScale, Standardize
 from .dense import Dense
@@ -96,8 +97,13 @@ def recommended(
     copies: int = 4,
     examples: int = 16,
     window_steps: int = 25,
+    basis: Basis | None = None,
 ) -> ZOSettings:
     """The method to begin with: every example has one-sided low-rank probes of its own.
+
+    ``basis``, of ``measure_basis(model, batches)``, is worth its few forwards: probes then lie
+    where the inputs of each layer live, and with them the gradients' right sides.  Without it
+    right factors are random, and the run needs several times as many steps.
 
     A step is ``copies`` forwards of a batch, made as one; every one of ``examples`` equal parts of
     the batch (rows, if there are as many) meets ``copies`` directions that no other part meets.
@@ -109,6 +115,8 @@ def recommended(
     ``window_steps``: steps between merges; windows of 8 and of 25 ended alike (300 forwards, three
     seeds).  Over encoded weights every window leaves factors behind (``adapter.Adapter``): give
     long ones there.
+
+    Noise is derived from integers: the same bits on every device.
 
     ``examples=1`` is for objectives that are one number for the whole batch (``ZOStep.step``).
 
@@ -124,7 +132,13 @@ def recommended(
         eps=eps,
         seed=seed,
         estimator=estimator,
-        directions=CommonRight(estimator.directions, steps=window_steps),
+        directions=CommonRight(
+            estimator.directions,
+            rank=2 if basis is None else basis.rank,
+            steps=window_steps,
+            kind=Kind.IRWIN_HALL,
+            basis=basis,
+        ),
         controls=(RmsScale(),),
     )
 
@@ -216,6 +230,7 @@ _ABSTRACT = {
     "Estimator": Estimator,
     "Directions": Directions,
     "Basis": Basis,
+    "Basis | None": (Basis, type(None)),
     "tuple[tuple[str, ...], ...]": tuple,
     "tuple[str, ...]": tuple,
     "tuple[tuple[float, ...], ...]": tuple,

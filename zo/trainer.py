@@ -7,6 +7,7 @@ exists.  ``args.learning_rate`` and its schedule are the step sizes; ``settings.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, final
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .basis import MEASURED_BATCHES, measure_basis
 from .objective import causal_lm_losses
-from .settings import ZOSettings
+from .settings import ZOSettings, recommended
 from .step import ZOStep
 
 Metric = Callable[[nn.Module, dict[str, Any]], float]
@@ -27,7 +29,9 @@ PartLosses = Callable[..., Sequence[float]]
 class ZOTrainer(Trainer):
     """Trains by zeroth-order steps; everything else is a ``Trainer``.
 
-    ``settings``: the method.  ``log``: path of the replay log (must not exist).  ``objective``:
+    ``settings``: the method; by default ``recommended`` for batches of
+    ``per_device_train_batch_size`` rows, with input directions measured on the first training
+    batches.  ``log``: path of the replay log (must not exist).  ``objective``:
     ``(model, inputs) -> float`` to minimise, differentiable or not; by default the Trainer's own
     loss.  ``select``: which parameters train (see ``ZOStep``).
 
@@ -44,7 +48,7 @@ class ZOTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        settings: ZOSettings,
+        settings: ZOSettings | None = None,
         log: str | os.PathLike[str] | None = None,
         objective: Metric | None = None,
         part_losses: PartLosses | None = None,
@@ -58,6 +62,10 @@ class ZOTrainer(Trainer):
                 "gradient_accumulation_steps=1 and raise per_device_train_batch_size (got "
                 f"{self.args.gradient_accumulation_steps})"
             )
+        if not isinstance(self.model, nn.Module):
+            raise ValueError("ZOTrainer needs model= or model_init=")
+        if settings is None:
+            settings = self._recommended(self.model, alone=objective is not None)
         self._parts = settings.estimator.parts
         given = "part_losses" if objective is None else "objective"
         if (objective is not None and self._parts > 1) or (part_losses and self._parts == 1):
@@ -68,9 +76,20 @@ class ZOTrainer(Trainer):
             )
         self._objective = objective
         self._part_losses = part_losses or causal_lm_losses
-        if not isinstance(self.model, nn.Module):
-            raise ValueError("ZOTrainer needs model= or model_init=")
         self.zo = ZOStep(self.model, settings, log=log, select=select)
+
+    def _recommended(self, model: nn.Module, *, alone: bool) -> ZOSettings:
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.random.fork_rng():  # the training's own order stays as it is
+                batches = itertools.islice(self.get_train_dataloader(), MEASURED_BATCHES)
+                basis = measure_basis(model, map(self._prepare_inputs, batches))
+        finally:
+            model.train(was_training)
+        examples = 1 if alone else self.args.per_device_train_batch_size
+        copies = 15 if alone else 4
+        return recommended(seed=self.args.seed, copies=copies, examples=examples, basis=basis)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """An optimizer that carries the learning rate for schedulers and finds no gradients."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from headrace.offload.errors import StoreFormatError
-from headrace.zo.aim import ActivationSubspace, Basis, measure_basis
+from headrace.zo.aim import ActivationSubspace
+from headrace.zo.basis import Basis, measure_basis
 from headrace.zo.log import read_log
 from headrace.zo.noise import step_seed
 from headrace.zo.one_sided import OneSided
@@ -32,8 +33,8 @@ def inputs(seed: int) -> Tensor:
 
 
 def measured(rank: int = 3) -> Basis:
-    forwards = [lambda m, seed=seed: m(inputs(seed)) for seed in range(3)]
-    return measure_basis(net(), NAMES, forwards, rank=rank)
+    batches = [{"input": inputs(seed)} for seed in range(3)]
+    return measure_basis(net(), batches, names=NAMES, rank=rank)
 
 
 def loss(model: nn.Module, seed: int) -> float:
@@ -90,9 +91,9 @@ def test_learns_and_replays_from_the_log_alone(tmp_path: Path) -> None:
 
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ValueError, match=r"1\.weight is not the weight"):
-        measure_basis(net(), ["1.weight"], [])
+        measure_basis(net(), [], names=["1.weight"])
     with pytest.raises(ValueError, match=r"no forward reached 0\.weight"):
-        measure_basis(net(), NAMES, [])
+        measure_basis(net(), [], names=NAMES)
     with pytest.raises(ValueError, match="an input has 10 features"):
         measured(11)
     with pytest.raises(ValueError, match="same number"):

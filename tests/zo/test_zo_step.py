@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from headrace.offload.errors import StoreFormatError
+from headrace.zo.basis import measure_basis
 from headrace.zo.common_right import CommonRight
 from headrace.zo.control import Clip, RmsScale
 from headrace.zo.dense import Dense
@@ -140,6 +141,12 @@ METHODS = {
     "common right": ZOSettings(
         lr=1e-3, estimator=OneSided(4), directions=CommonRight(4, rank=2, steps=3)
     ),
+    "measured": ZOSettings(
+        lr=1e-3,
+        estimator=OneSided(4),
+        # GPT-2's transposed weights are not in it and keep random right factors.
+        directions=CommonRight(4, steps=3, basis=measure_basis(llama(), batches(2))),
+    ),
     "subspace": ZOSettings(
         lr=1e-3, estimator=OneSided(4), directions=RandomSubspace(4, 6, 3), controls=(Clip(50.0),)
     ),
@@ -185,7 +192,7 @@ def test_replay_and_resume_give_the_live_bits(method: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize(
-    "method", ["low rank", "low rank 2", "common right", "subspace", "subspace adam"]
+    "method", ["low rank", "low rank 2", "common right", "measured", "subspace", "subspace adam"]
 )
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_factored_forward_equals_dense_weights(
