@@ -24,6 +24,7 @@ from .select import matrices_of
 
 _GRAIN = np.float32(1 / 127)
 MEASURED_BATCHES = 4
+_LONGEST = 8  # rows a layer keeps whole
 _OVERSAMPLE = 16  # columns of the sketch beyond the rank: the strongest ones come out exactly
 
 Batch = Mapping[str, Any]
@@ -36,7 +37,7 @@ class Basis:
 
     ``names[i]`` are the parameters that share the matrix ``codes[i]``: base64 of int8 [d, rank],
     in units of the largest magnitude of its column over 127 (``scales[i]``, one fp32 a column).
-    The columns are orthonormal to about 1 %.
+    The columns are orthogonal to about 1 %, of length 1 or shorter.
 
     >>> import torch
     >>> from torch import nn
@@ -110,9 +111,12 @@ def measure_basis(
     count.  ``MEASURED_BATCHES`` of the run are enough.  ``names``: weights of linear layers, by
     default all that low-rank directions train.  ``model`` may be resident or streamed.
 
-    Every input row counts as much as any other, whatever its length: a few tokens have inputs
-    hundreds of times as long as the rest, and no gradient to match.  Memory: fp32
-    [d, ``rank`` + 16] a distinct input.  Method: a randomised (Nystrom) sketch of the uncentred
+    A few tokens (a text's first, often) have inputs hundreds of times as long as the rest, in
+    layers that make "massive activations"; whatever lies along them moves the model out of all
+    proportion.  So every row counts alike, whatever its length, and a column is shortened until no
+    row's product with it exceeds the length of a typical row.
+
+    Memory: fp32 [d, ``rank`` + 24] a layer.  Method: a randomised (Nystrom) sketch of the uncentred
     second moments, with a fixed start.
 
     >>> import torch
@@ -186,34 +190,47 @@ class _Sketch:
         width = min(rank + _OVERSAMPLE, columns)
         self._start = torch.randn(columns, width, generator=generator)
         self._moved = torch.zeros(columns, width, dtype=torch.float64)
-        self.num_rows = 0
+        self._longest = torch.zeros(0, columns)
+        self._lengths: list[Tensor] = []
         self.rows_of_batch = 0  # a streamed layer gets a batch in several calls
+
+    @property
+    def num_rows(self) -> int:
+        """Rows taken so far."""
+        return sum(len(lengths) for lengths in self._lengths)
 
     def add(self, inputs: Tensor, mask: Tensor | None) -> None:
         """Take the rows of one call [..., d]."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        rows = nn.functional.normalize(rows, dim=1)
         if mask is not None and inputs.dim() == 3 and inputs.shape[1] == mask.shape[-1]:
             first = self.rows_of_batch
             self.rows_of_batch += inputs.shape[0]
             shown = mask[first : self.rows_of_batch].reshape(-1).bool()
             if shown.numel() == len(rows):
                 rows = rows[shown.to(rows.device)]
-        self.num_rows += len(rows)
+        lengths = rows.norm(dim=1)
+        self._lengths.append(lengths.cpu())
+        long = rows[lengths.topk(min(_LONGEST, len(rows))).indices].cpu()
+        known = torch.cat([self._longest, long])
+        self._longest = known[known.norm(dim=1).topk(min(_LONGEST, len(known))).indices]
+        rows = nn.functional.normalize(rows, dim=1)
         self._moved += (rows.T @ (rows @ self._start.to(rows.device))).cpu()
 
     def principal(self, rank: int) -> Tensor:
-        """Orthonormal columns: the strongest directions of M, strongest first."""
+        """The strongest directions of M, strongest first, shortened as ``measure_basis`` says."""
         start, moved = self._start.double(), self._moved
         basis, triangle = torch.linalg.qr(moved)
         inner = start.T @ moved
         core = triangle @ torch.linalg.pinv((inner + inner.T) / 2, hermitian=True) @ triangle.T
         vectors = torch.linalg.eigh((core + core.T) / 2).eigenvectors.flip(1)
-        return basis @ vectors[:, :rank]
+        columns = (basis @ vectors[:, :rank]).float()
+        typical = torch.cat(self._lengths).median()
+        reach = (self._longest @ columns).abs().amax(dim=0)
+        return columns * (typical / reach.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1.0)
 
 
 def _encoded(basis: Tensor) -> tuple[str, tuple[float, ...]]:
-    columns = basis.float().numpy()
-    scales = np.abs(columns).max(axis=0)
+    columns = basis.numpy()
+    scales = np.maximum(np.abs(columns).max(axis=0), np.finfo(np.float32).tiny)
     codes = np.rint(columns / (scales * _GRAIN)).clip(-127, 127).astype(np.int8)
     return base64.b64encode(codes.tobytes()).decode("ascii"), tuple(map(float, scales))

@@ -27,9 +27,10 @@ def net() -> nn.Module:
 
 
 def inputs(seed: int) -> Tensor:
-    """Inputs that lie in three of twelve dimensions."""
+    """Inputs of length 1 that lie in three of twelve dimensions."""
     plane = torch.linalg.qr(torch.randn(12, 3, generator=torch.Generator().manual_seed(9)))[0]
-    return torch.randn(32, 3, generator=torch.Generator().manual_seed(seed)) @ plane.T
+    inside = torch.randn(32, 3, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.normalize(inside, dim=1) @ plane.T
 
 
 def measured(rank: int = 3) -> Basis:
@@ -76,7 +77,7 @@ def test_learns_and_replays_from_the_log_alone(tmp_path: Path) -> None:
     for step in range(42):
         zo.step(lambda m, step=step: loss(m, step), batch=step)
     with zo.current():
-        assert loss(model, 99) < before - 0.02
+        assert loss(model, 99) < 0.85 * before
     zo.close()
     header, records = read_log(tmp_path / "log")
     assert ZOSettings.from_json(header.settings["method"]) == settings()
