@@ -8,9 +8,9 @@ first launched; the module itself needs none.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -23,6 +23,7 @@ from ...quant.rounding import seed_key
 from ...quant.state_tables import State4BitCodec
 from ...quant.tables import code_table
 from ..adam import Adam
+from ..adamw import AdamScalars
 from ..arithmetic import fp32
 from ..base import Brick
 from ..lion import Lion
@@ -201,6 +202,8 @@ def _plan(brick: Brick, states_name: str) -> _Plan:
 
 def _scalars(name: str, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:
     """Return the step's numbers as the bricks round them."""
+    if name in ("adam", "lion"):  # Lion has no eps, and reads none
+        return dataclasses.asdict(AdamScalars.of({"eps": 0.0, **hyper}, step))
     lr = float(hyper["lr"])
     numbers = dict.fromkeys(_SCALARS, 0.0)
     numbers["lr"] = fp32(lr)
@@ -208,13 +211,6 @@ def _scalars(name: str, step: int, hyper: Mapping[str, Any]) -> dict[str, float]
     numbers["sign"] = -1.0 if hyper.get("maximize", False) else 1.0
     if name in ("momentum", "nesterov"):
         numbers["b1"] = fp32(float(hyper["momentum"]))
-    if name in ("adam", "lion"):
-        b1, b2 = (float(beta) for beta in hyper["betas"])
-        numbers |= {"b1": fp32(b1), "b2": fp32(b2), "o1": fp32(1 - b1), "o2": fp32(1 - b2)}
-    if name == "adam":
-        numbers["c1"] = fp32(1.0 / (1.0 - b1**step))
-        numbers["c2"] = fp32(1.0 / math.sqrt(1.0 - b2**step))
-        numbers["eps"] = fp32(float(hyper["eps"]))
     return numbers
 
 

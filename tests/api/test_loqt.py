@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from streaming_cases import batches, make_folder, resident_model
 
 import headrace
 from headrace import loqt
@@ -18,9 +18,6 @@ from headrace.quant.fold import default_choice
 from headrace.quant.folder import EncodedFolder
 from headrace.quant.model import encode_model
 from headrace.quant.registry import codec_for_format
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
-from streaming_cases import batches, make_folder, resident_model
 
 BUDGETS: dict[str, Any] = {"device": "cpu", "device_budget": "8MB", "host_budget": "2MB"}
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]

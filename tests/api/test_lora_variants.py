@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from streaming_cases import batches, make_folder, resident_model, resident_steps, streamed_steps
 from transformers import AutoModelForCausalLM
 
 import headrace
@@ -20,9 +20,6 @@ from headrace.quant.fold import default_choice
 from headrace.quant.gptq import InputMoments
 from headrace.quant.model import encode_model
 from headrace.quant.registry import codec_for_format
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
-from streaming_cases import batches, make_folder, resident_model, resident_steps, streamed_steps
 
 BUDGETS = {"device": "cpu", "device_budget": "8MB", "host_budget": "1MB", "micro_batch": 2}
 TARGETS = ["q_proj", "v_proj", "down_proj"]

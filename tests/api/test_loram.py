@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from streaming_cases import batches, make_folder, resident_model, streamed_steps
 from transformers import AutoModelForCausalLM
 
 import headrace
 from headrace.cli import main
 from headrace.errors import InputError
 from headrace.optim import adamw
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
-from streaming_cases import batches, make_folder, resident_model, streamed_steps
 
 BUDGETS: dict[str, Any] = {"device": "cpu", "device_budget": "8MB", "host_budget": "1MB"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

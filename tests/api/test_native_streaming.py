@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from native_cases import LAYOUTS, fp8, linear, mxfp4, rewrite
 from peft import LoraConfig, get_peft_model
+from streaming_cases import batches, make_folder, resident_model, resident_steps, streamed_steps
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,10 +18,6 @@ import headrace
 from headrace.offload.timeline import LaneName
 from headrace.optim import adamw
 from headrace.quant.model import encoded_weights
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
-from native_cases import LAYOUTS, fp8, linear, mxfp4, rewrite
-from streaming_cases import batches, make_folder, resident_model, resident_steps, streamed_steps
 
 
 def adapted(model: Any) -> Any:

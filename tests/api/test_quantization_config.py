@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from streaming_cases import FAMILIES, batches, make_folder, resident_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import headrace
@@ -24,9 +25,6 @@ from headrace.quant.folder import EncodedFolder
 from headrace.quant.model import encode_model, encoded_weights
 from headrace.quant.nf4 import Nf4Codec
 from headrace.streamed import StreamedModel
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
-from streaming_cases import FAMILIES, batches, make_folder, resident_model
 
 
 def logits(model: Any) -> torch.Tensor:

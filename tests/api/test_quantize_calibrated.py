@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from streaming_cases import batches, make_folder, resident_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import headrace
@@ -24,9 +24,6 @@ from headrace.quant.folder import EncodedFolder
 from headrace.quant.gptq import InputMoments, gptq
 from headrace.quant.model import encoded_weights
 from headrace.quant.nf4 import Nf4Codec
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
-from streaming_cases import batches, make_folder, resident_model
 
 
 def calibration(count: int = 4) -> CalibrationBatch:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from streaming_cases import (
+    batches,
+    make_folder,
+    resident_model,
+    resident_steps,
+    streamed_steps,
+)
 
 import headrace
 from headrace.cli import main
@@ -18,15 +24,6 @@ from headrace.optim import adamw
 from headrace.quant.fold import default_choice
 from headrace.quant.model import encode_model, encoded_weights
 from headrace.quant.registry import codec_for_format
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
-from streaming_cases import (
-    batches,
-    make_folder,
-    resident_model,
-    resident_steps,
-    streamed_steps,
-)
 
 
 def adapted(model: Any, family: str) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from streaming_cases import batches, make_folder
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,9 +19,6 @@ from headrace.offload.errors import HeadraceError
 from headrace.quant.folder import EncodedFolder
 from headrace.quant.model import encoded_weights
 from headrace.quant.registry import codec_for_format
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
-from streaming_cases import batches, make_folder
 
 BUDGETS = {"device": "cpu", "device_budget": "8MB", "host_budget": "1MB"}
 TARGETS = {"llama": ["q_proj", "down_proj"], "mixtral": ["q_proj", "o_proj"], "gpt2": ["c_attn"]}

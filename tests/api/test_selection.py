@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from streaming_cases import batches, make_folder, resident_model, resident_steps, streamed_weights
 from torch import Tensor
 
 import headrace
@@ -15,9 +15,6 @@ from headrace.errors import InputError
 from headrace.offload.timeline import LaneName
 from headrace.optim import adamw
 from headrace.selection import Named, SlimFit, Spectrum, selection_of, signal_to_noise
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
-from streaming_cases import batches, make_folder, resident_model, resident_steps, streamed_weights
 
 BUDGETS: dict[str, Any] = {"device": "cpu", "device_budget": "8MB", "host_budget": "110MB"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +14,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native_cases import LAYOUTS, fp8, linear, rewrite
 from safetensors.torch import load_file, save_file
+from streaming_cases import make_folder
 from torch import Tensor
 
 import headrace
 from headrace.quant.native_layouts import NativeWeight, StoredTensors, native_weights
 from headrace.quant.spec import TensorSpec
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
-from native_cases import LAYOUTS, fp8, linear, rewrite
-from streaming_cases import make_folder
 
 Q = "model.layers.2.self_attn.q_proj"
 Tensors = dict[str, Tensor]
