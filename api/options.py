@@ -114,7 +114,7 @@ class TuneOptions:
     lora_dropout: float = 0.0
     zo_method: ZOMethod = "recommended"
     zo_directions: int = 4
-    zo_eps: float = 1e-3
+    zo_eps: float | None = None
     eval_every: int = 0
     eval_rows: int = 32
     prompt: str | None = None
@@ -171,6 +171,13 @@ class TuneOptions:
         if self.method == "zo":
             return 1e-6 if self.zo_method == "mezo" else 1e-2
         return 2e-4 if self.method == "lora" else 2e-5
+
+    @property
+    def probe_size(self) -> float:
+        """The size of a zeroth-order probe, default filled in."""
+        if self.zo_eps is not None:
+            return self.zo_eps
+        return 1e-3 if self.zo_method == "mezo" else 4e-3
 
     @property
     def clip_norm(self) -> float | None:

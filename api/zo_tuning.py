@@ -68,7 +68,7 @@ def settings_of(options: TuneOptions, basis: Basis | None = None) -> ZOSettings:
     """The method that the options name, ``basis`` for the recommended one."""
     from headrace.zo.settings import ZOSettings, recommended
 
-    lr, eps = options.learning_rate, options.zo_eps
+    lr, eps = options.learning_rate, options.probe_size
     if options.zo_method == "mezo":
         decay = options.weight_decay
         return ZOSettings(lr=lr, eps=eps, seed=options.seed, weight_decay=decay)

@@ -45,7 +45,8 @@ from headrace.demo import cache_folder, demo_model
 from headrace.progress import Silent
 from headrace.quant.int4_group import Int4GroupCodec
 from headrace.quant.linear import EncodedLinear
-from headrace.zo import ZOSettings, ZOStep
+from headrace.zo import Basis, ZOSettings, ZOStep, measure_basis
+from headrace.zo.basis import MEASURED_BATCHES
 from headrace.zo.objective import label_word_losses
 from headrace.zo.quantised import qzo_settings, scale_parameters
 from headrace.zo.settings import recommended
@@ -134,8 +135,7 @@ class Task:
         return {**made, "classes": torch.tensor([label for _, label in rows])}
 
     def scores(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "classes"}
-        output = model(**inputs, use_cache=False, logits_to_keep=1)
+        output = model(**unlabelled(batch))
         return output.logits[:, -1, self.words].float()
 
     @torch.no_grad()
@@ -150,6 +150,12 @@ class Task:
                 nn.functional.cross_entropy(scores, batch["classes"], reduction="sum").double()
             )
         return right / len(rows), loss / len(rows)
+
+
+def unlabelled(batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What the model is called with: the batch without its classes, one position of logits."""
+    inputs: dict[str, Any] = {n: value for n, value in batch.items() if n != "classes"}
+    return inputs | {"use_cache": False, "logits_to_keep": 1}
 
 
 Runner = Iterator[tuple[int, Callable[[], tuple[float, float]]]]
@@ -167,14 +173,18 @@ def runner(task: Task, key: Row, rows: list[Sentence], *, batch: int, forwards: 
     if method.startswith("LoRA"):
         yield from _first_order(task, model, key, rows, draw, forwards)
         return
-    zo, together = zeroth_order(model, method, lr, seed, batch)
+    basis, spent = None, 0
+    if method == "recommended":
+        # Measured on batches that the run does not see, and paid for like any forward.
+        measured_on = [unlabelled(draw()) for _ in range(MEASURED_BATCHES)]
+        basis, spent = measure_basis(model, measured_on), len(measured_on)
+    zo, together = zeroth_order(model, method, lr, seed, batch, basis)
     estimator = zo.settings.estimator
 
     def measured() -> tuple[float, float]:
         with zo.current():
             return task.measure(model, rows)
 
-    spent = 0
     while True:
         data = draw()
 
@@ -191,7 +201,7 @@ def runner(task: Task, key: Row, rows: list[Sentence], *, batch: int, forwards: 
 
 
 def zeroth_order(
-    model: nn.Module, method: str, lr: float, seed: int, batch: int
+    model: nn.Module, method: str, lr: float, seed: int, batch: int, basis: Basis | None
 ) -> tuple[ZOStep, bool]:
     """The run of a method, and whether its members share one forward."""
     if method.startswith("MeZO"):
@@ -205,7 +215,7 @@ def zeroth_order(
                 setattr(model.get_submodule(parent), leaf, encoded)
         weights = ResidentWeights(scale_parameters(model))
         return ZOStep(model, qzo_settings(lr=lr, seed=seed), weights=weights), False
-    return ZOStep(model, recommended(lr=lr, seed=seed, examples=batch)), True
+    return ZOStep(model, recommended(lr=lr, seed=seed, examples=batch, basis=basis)), True
 
 
 def _first_order(

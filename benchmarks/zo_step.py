@@ -38,6 +38,7 @@ from headrace.zo import (
     ZOStep,
     causal_lm_losses,
     fingerprint,
+    measure_basis,
     recommended,
 )
 from headrace.zo.log import LogHeader
@@ -84,7 +85,8 @@ def interleaved(step: Callable[[], object], bare: Callable[[], object], rounds: 
 def low_rank(model: nn.Module, rounds: int, rows: int, tokens: int) -> Row:
     """The recommended step against one forward of all its members' rows."""
     batch = batch_of(rows, tokens)
-    zo = ZOStep(model, recommended(lr=1e-6, examples=rows))
+    basis = measure_basis(model, [{**batch, "use_cache": False}])
+    zo = ZOStep(model, recommended(lr=1e-6, examples=rows, basis=basis))
     estimator = zo.settings.estimator
 
     def losses(model: nn.Module, copies: int) -> list[float]:
