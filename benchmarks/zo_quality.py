@@ -59,7 +59,7 @@ GRIDS = {
     "MeZO": (5e-5, 1e-4, 2e-4, 4e-4),
     # A rate that is best for short runs may be too large for long ones.
     "MeZO, half the rate": (1e-4,),
-    "recommended": (2e-2, 4e-2, 6e-2, 9e-2),
+    "recommended": (2e-2, 3e-2, 4e-2, 6e-2),
     "QZO": (3e-6, 1e-5, 3e-5),
     "LoRA, first order": (5e-4,),
 }

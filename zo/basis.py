@@ -102,7 +102,7 @@ def measure_basis(
     batches: Iterable[Batch],
     *,
     names: Iterable[str] | None = None,
-    rank: int = 2,
+    rank: int = 4,
     forward: Callable[[nn.Module, Batch], object] = call_model,
 ) -> Basis:
     """Input directions of linear layers, strongest first, from a few forwards of the model.
@@ -125,7 +125,7 @@ def measure_basis(
     >>> model = AutoModelForCausalLM.from_pretrained("model-folder")
     >>> basis = measure_basis(model, [{"input_ids": torch.randint(0, 250, (4, 8))}])
     >>> basis.rank, len(basis.names[0])  # query, key and value have one input
-    (2, 3)
+    (4, 3)
     """
     modules = _linears(model, names)
     sketches = {name: _Sketch(module.in_features, rank) for name, module in modules.items()}

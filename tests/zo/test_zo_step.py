@@ -145,7 +145,7 @@ METHODS = {
         lr=1e-3,
         estimator=OneSided(4),
         # GPT-2's transposed weights are not in it and keep random right factors.
-        directions=CommonRight(4, steps=3, basis=measure_basis(llama(), batches(2))),
+        directions=CommonRight(4, steps=3, basis=measure_basis(llama(), batches(2), rank=2)),
     ),
     "subspace": ZOSettings(
         lr=1e-3, estimator=OneSided(4), directions=RandomSubspace(4, 6, 3), controls=(Clip(50.0),)

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from headrace.zo.common_right import CommonRight
 from headrace.zo.log import read_log
 from headrace.zo.lowrank import LowRank
 from headrace.zo.objective import causal_lm_losses
 from headrace.zo.one_sided import OneSided
+from headrace.zo.per_example import PerExample
 from headrace.zo.replay import replay
 from headrace.zo.settings import ZOSettings, recommended
 from headrace.zo.trainer import ZOTrainer
@@ -193,3 +195,33 @@ def test_objectives_without_gradients(objective: Any, method: str, tmp_path: Pat
     )
     for name, tensor in trainer.zo.export():
         assert torch.equal(rebuilt[name], tensor), name
+
+
+def test_without_settings_it_measures_directions_and_takes_the_recommended_method(
+    tmp_path: Path,
+) -> None:
+    trainer = ZOTrainer(
+        model=llama(),
+        args=arguments(tmp_path / "out", max_steps=2),
+        train_dataset=rows(),
+        log=tmp_path / "zolog",
+    )
+    settings = trainer.zo.settings
+    assert settings.estimator == PerExample(copies=4, examples=4)
+    assert isinstance(settings.directions, CommonRight)
+    assert settings.directions.basis is not None
+    assert set(trainer.zo.trained_names) == {
+        n for ns in settings.directions.basis.names for n in ns
+    }
+    trainer.train()
+    header, records = read_log(tmp_path / "zolog")
+    assert ZOSettings.from_json(header.settings["method"]) == settings
+    assert len(records) == 2 and all(any(record.grads) for record in records)
+
+    def score(model: nn.Module, inputs: dict[str, Any]) -> float:
+        return float(model(**inputs).logits.float().argmax(-1).float().mean())
+
+    alone = ZOTrainer(
+        model=llama(), args=arguments(tmp_path), train_dataset=rows(), objective=score
+    )
+    assert alone.zo.settings.estimator == OneSided(15)
