@@ -150,7 +150,8 @@ def replays(model: nn.Module, steps: int) -> list[Row]:
     """Replay of all parameters by each kind of noise; of the matrices by the recommended method."""
     threads = os.cpu_count() or 1
     base = {name: p.detach() for name, p in model.named_parameters()}
-    matrices = {name: base[name] for name in ZOStep(model, recommended()).trained_names}
+    method = recommended(basis=measure_basis(model, [{**batch_of(4, 64), "use_cache": False}]))
+    matrices = {name: base[name] for name in ZOStep(model, method).trained_names}
     return [
         replayed(
             base,
@@ -160,7 +161,7 @@ def replays(model: nn.Module, steps: int) -> list[Row]:
             threads=threads,
         ),
         replayed(base, ZOSettings(), "gaussian", steps=steps, threads=threads),
-        replayed(matrices, recommended(), "recommended", steps=steps, threads=threads),
+        replayed(matrices, method, "recommended", steps=steps, threads=threads),
     ]
 
 
