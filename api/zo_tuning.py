@@ -187,6 +187,7 @@ def _train(
     try:
         for step in range(zo.next_step, steps):
             started = time.perf_counter()
+            runtime_of(model).begin_step()
             batch = material.batch(material.train, material.order.rows(step), model.device)
             lr = options.learning_rate * options.lr_factor(step, steps)
 
@@ -196,6 +197,7 @@ def _train(
                 return member_losses(model, batch, copies, parts=zo.settings.estimator.parts)
 
             losses.append(zo.step_together(objective, batch=step, lr=lr).loss)
+            runtime_of(model).end_step()
             taken = time.perf_counter() - started
             seconds += taken
             tokens = int(batch["attention_mask"].sum())

@@ -181,8 +181,8 @@ class Runtime:
         if self.current is not None:  # a model calling itself: the outer pass goes on
             yield
             return
-        if training and self._step_started is None:
-            self._step_started = time.perf_counter()
+        if training:
+            self.begin_step()
         if training:
             self._after_backward_due = False  # a backward pass that failed never ended
         if not training and self.updates is not None:
@@ -265,6 +265,11 @@ class Runtime:
             if parameter.grad is not None:
                 found[slot_name] = parameter.grad
         return found
+
+    def begin_step(self) -> None:
+        """Note the beginning of a training step for the statistics, unless one is under way."""
+        if self._step_started is None:
+            self._step_started = time.perf_counter()
 
     def end_step(self) -> None:
         """Note the end of a training step for the statistics."""

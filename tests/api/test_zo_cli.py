@@ -174,6 +174,7 @@ def test_tune_leaves_a_model_that_its_log_rebuilds(
     result = json.loads(captured.out)
     assert len(result["step_losses"]) == 6 and result["loss_after"] != result["loss_before"]
     assert "held-out loss after step 3" in captured.err
+    assert "busy: none" not in captured.err
     _, records = read_log(tmp_path / "out.store" / "replay.zolog")
     assert [record.step for record in records] == list(range(6))
     assert len(records[0].losses) == (2 if zo_method == "mezo" else 4 * 2)
