@@ -92,7 +92,7 @@ def measured_basis(
     count = min(MEASURED_BATCHES, material.steps)
     watcher.say(f"measuring the layers' input directions on {count} batches")
     batches = (
-        material.batch(material.train, material.order.rows(step), model.device)
+        material.batch(material.train, material.order.rows(step), runtime_of(model).device)
         for step in range(count)
     )
     model.eval()
