@@ -63,7 +63,7 @@ OTHERS = (
     *("nf4-fitted", "hqq", "nf4, block 32", "mxfp8", "fp4", "nvfp4", "mxfp4", "int4"),
 )
 #: The bases that are fine-tuned, in this order.
-TUNED = (BASELINE, f"{CALIBRATED} + eora {EORA_RANK}", "nf4")
+TUNED = (BASELINE, f"{CALIBRATED} + eora {EORA_RANK}", CALIBRATED, "nf4")
 
 
 @dataclass
