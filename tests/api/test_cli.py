@@ -473,3 +473,15 @@ def test_a_disk_that_is_full_at_the_end_costs_no_step(
     assert main(["tune", "--resume", str(store)]) == 0
     tuned = AutoModelForCausalLM.from_pretrained(tune.out)
     assert all(bool(p.isfinite().all()) for p in tuned.parameters())
+
+
+def test_a_disk_too_full_for_adapters_makes_one_line(
+    tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    assert tune(method="lora") == 2
+    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not tune.out.exists() and not [name for name in below(tmp_path) if "partial" in name]
