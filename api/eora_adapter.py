@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-EORA_FOLDER = "eora"
-
 from .saving import numbered_errors
+
+EORA_FOLDER = "eora"
 
 
 def write_eora_adapter(
