@@ -50,7 +50,7 @@ def main() -> int:
         return np.array(settings.estimator.projected_grads(result.record.losses, eps))
 
     torch.manual_seed(0)
-    print(f"{'right factors':<14}{'eps':>8}{'bf16':>8}{'fp32 residual':>15}{'fp32':>8}")
+    print(f"{'right factors':<14}{'eps':>9}{'bf16':>8}{'fp32 residual':>15}{'fp32':>8}")
     for name, method in methods.items():
         true = slopes(fp32, method, 1e-4, False)
         for eps in SIZES:
@@ -61,7 +61,7 @@ def main() -> int:
             )
             told = [float(np.corrcoef(one, true)[0, 1]) for one in found]
             print(
-                f"{name:<14}{eps:>8.0e}{told[0]:>8.3f}{told[1]:>15.3f}{told[2]:>8.3f}", flush=True
+                f"{name:<14}{eps:>9.1e}{told[0]:>8.3f}{told[1]:>15.3f}{told[2]:>8.3f}", flush=True
             )
     return 0
 
