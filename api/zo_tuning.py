@@ -85,9 +85,15 @@ def measured_basis(
     options: TuneOptions, material: Material, model: StreamedModel, watcher: Watcher
 ) -> Basis | None:
     """Input directions of the model's layers on the first batches; None if the method has none."""
-    from headrace.zo.basis import MEASURED_BATCHES, measure_basis
+    from headrace.zo.basis import MEASURED_BATCHES, measurable, measure_basis
 
     if options.zo_method == "mezo":
+        return None
+    if not measurable(model):
+        watcher.say(
+            f"{type(model).__name__} has no linear layers of torch: directions are drawn, not "
+            "measured, and learn more slowly"
+        )
         return None
     count = min(MEASURED_BATCHES, material.steps)
     watcher.say(f"measuring the layers' input directions on {count} batches")

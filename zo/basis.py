@@ -108,8 +108,9 @@ def measure_basis(
     """Input directions of linear layers, strongest first, from a few forwards of the model.
 
     ``batches``: inputs of the model; rows that an ``attention_mask`` [rows, tokens] hides do not
-    count.  ``MEASURED_BATCHES`` of the run are enough.  ``names``: weights of linear layers, by
-    default all that low-rank directions train.  ``model`` may be resident or streamed.
+    count.  ``MEASURED_BATCHES`` of the run are enough.  ``names``: weights of linear layers; by
+    default all that low-rank directions train, less those that no batch reaches and those with
+    fewer than ``rank`` input features.  ``model`` may be resident or streamed.
 
     A few tokens (a text's first, often) have inputs hundreds of times as long as the rest, in
     layers that make "massive activations"; whatever lies along them moves the model out of all
@@ -128,7 +129,7 @@ def measure_basis(
     >>> basis.rank, len(basis.names[0])  # query, key and value have one input
     (4, 3)
     """
-    modules = _linears(model, names)
+    modules = _all_linears(model, rank) if names is None else _linears(model, names)
     starts = {width: _start(width, rank) for width in {m.in_features for m in modules.values()}}
     sketches = {name: _Sketch(starts[module.in_features]) for name, module in modules.items()}
     mask: Tensor | None = None
@@ -151,10 +152,12 @@ def measure_basis(
         for handle in hooks:
             handle.remove()
     missing = [name for name, sketch in sketches.items() if not sketch.num_rows]
-    if missing:
+    if missing and (names is not None or len(missing) == len(sketches)):
         raise ValueError(f"no forward reached {missing[0]}; give batches that use every layer")
     shared: dict[tuple[str, tuple[float, ...]], list[str]] = {}
     for name, sketch in sketches.items():
+        if name in missing:
+            continue
         shared.setdefault(_encoded(sketch.principal(rank)), []).append(name)
     return Basis(
         rank,
@@ -164,17 +167,42 @@ def measure_basis(
     )
 
 
-def _linears(model: nn.Module, names: Iterable[str] | None) -> Mapping[str, nn.Linear]:
-    linears = {f"{p}.weight": m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if names is None:
-        usable = matrices_of(model)
-        return {
-            name: module
-            for name, module in linears.items()
-            if (isinstance(module, EncodedModule) and "experts" not in name.split("."))
-            or id(module._parameters.get("weight")) in usable
-        }
-    wanted = list(names)
+def _named(model: nn.Module) -> dict[str, nn.Linear]:
+    return {f"{p}.weight": m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def measurable(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that ``measure_basis`` looks at by default, by weight; GPT-2 has none.
+
+    >>> from torch import nn
+    >>> sorted(measurable(nn.Sequential(nn.Linear(8, 4), nn.ReLU())))
+    ['0.weight']
+    """
+    usable = matrices_of(model)
+    return {
+        name: module
+        for name, module in _named(model).items()
+        if (isinstance(module, EncodedModule) and "experts" not in name.split("."))
+        or id(module._parameters.get("weight")) in usable
+    }
+
+
+def _all_linears(model: nn.Module, rank: int) -> Mapping[str, nn.Linear]:
+    found = measurable(model)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer whose input directions could be measured; "
+            "leave the basis out"
+        )
+    wide = {name: module for name, module in found.items() if module.in_features >= rank}
+    if not wide:
+        most = max(module.in_features for module in found.values())
+        raise ValueError(f"rank is {rank}, but no input has more than {most} features; lower it")
+    return wide
+
+
+def _linears(model: nn.Module, names: Iterable[str]) -> Mapping[str, nn.Linear]:
+    linears, wanted = _named(model), list(names)
     for name in wanted:
         if name not in linears:
             raise ValueError(f"{name} is not the weight of a torch.nn.Linear")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from .basis import MEASURED_BATCHES, measure_basis
+from .basis import MEASURED_BATCHES, Basis, measurable, measure_basis
 from .objective import causal_lm_losses
 from .settings import ZOSettings, recommended
 from .step import ZOStep
@@ -79,17 +80,27 @@ class ZOTrainer(Trainer):
         self.zo = ZOStep(self.model, settings, log=log, select=select)
 
     def _recommended(self, model: nn.Module, *, alone: bool) -> ZOSettings:
+        examples = 1 if alone else self.args.per_device_train_batch_size
+        copies = 15 if alone else 4
+        basis = self._measured(model)
+        return recommended(seed=self.args.seed, copies=copies, examples=examples, basis=basis)
+
+    def _measured(self, model: nn.Module) -> Basis | None:
+        if not measurable(model):
+            warnings.warn(
+                f"{type(model).__name__} has no linear layers of torch: directions are drawn, not "
+                "measured, and learn more slowly",
+                stacklevel=4,
+            )
+            return None
         was_training = model.training
         model.eval()
         try:
             with torch.random.fork_rng():  # the training's own order stays as it is
                 batches = itertools.islice(self.get_train_dataloader(), MEASURED_BATCHES)
-                basis = measure_basis(model, map(self._prepare_inputs, batches))
+                return measure_basis(model, map(self._prepare_inputs, batches))
         finally:
             model.train(was_training)
-        examples = 1 if alone else self.args.per_device_train_batch_size
-        copies = 15 if alone else 4
-        return recommended(seed=self.args.seed, copies=copies, examples=examples, basis=basis)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """An optimizer that carries the learning rate for schedulers and finds no gradients."""

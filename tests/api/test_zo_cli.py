@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from headrace.cli import main
 from headrace.zo import ZOSettings, ZOStep, causal_lm_losses, read_log, recommended
@@ -184,6 +185,20 @@ def test_tune_leaves_a_model_that_its_log_rebuilds(
     assert same(weights_of(rebuilt), weights_of(tmp_path / "out"))
     assert not same(weights_of(rebuilt), weights_of(model_folder))
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_directions_of_gpt2_are_drawn_and_that_is_said(
+    model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gpt2"
+    shutil.copytree(model_folder, folder)
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    config = GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    arguments = tune_arguments(tmp_path, folder, data, zo_method="recommended")
+    assert main(arguments) == 0
+    assert "directions are drawn, not measured" in capsys.readouterr().err
 
 
 def test_losses_are_those_of_the_resident_model(

@@ -105,3 +105,25 @@ def test_the_recommended_method_takes_it(folder: Path) -> None:
     assert directions.rank == 3 and directions.basis is basis
     with pytest.raises(ValueError, match="rank is 2, but the basis has 3 columns"):
         CommonRight(8, rank=2, basis=basis)
+
+
+def test_layers_that_no_batch_reaches_and_narrow_ones_are_left_out() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(8, 3), nn.Linear(8, 3)
+            self.narrow = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.narrow(self.used(x))
+
+    model, inputs = Branches(), [{"x": torch.eye(8)}]
+    assert measure_basis(model, inputs).names == (("used.weight",),)
+    with pytest.raises(ValueError, match=r"no forward reached unused\.weight"):
+        measure_basis(model, inputs, names=["used.weight", "unused.weight"])
+    with pytest.raises(ValueError, match="no forward reached"):
+        measure_basis(model, [])
+    with pytest.raises(ValueError, match="has no linear layer"):
+        measure_basis(nn.ReLU(), [])
+    with pytest.raises(ValueError, match="no input has more than 8 features"):
+        measure_basis(model, inputs, rank=9)

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+)
 
 from headrace.zo.common_right import CommonRight
 from headrace.zo.log import read_log
@@ -225,3 +231,16 @@ def test_without_settings_it_measures_directions_and_takes_the_recommended_metho
         model=llama(), args=arguments(tmp_path), train_dataset=rows(), objective=score
     )
     assert alone.zo.settings.estimator == OneSided(15)
+
+
+def test_a_model_without_linear_layers_of_torch_draws_directions_and_says_so(
+    tmp_path: Path,
+) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel has no linear layers"):
+        trainer = ZOTrainer(
+            model=model, args=arguments(tmp_path, max_steps=1), train_dataset=rows()
+        )
+    assert isinstance(trainer.zo.settings.directions, CommonRight)
+    assert trainer.zo.settings.directions.basis is None
+    trainer.train()
