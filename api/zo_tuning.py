@@ -85,15 +85,12 @@ def measured_basis(
     options: TuneOptions, material: Material, model: StreamedModel, watcher: Watcher
 ) -> Basis | None:
     """Input directions of the model's layers on the first batches; None if the method has none."""
-    from headrace.zo.basis import MEASURED_BATCHES, measurable, measure_basis
+    from headrace.zo.basis import MEASURED_BATCHES, measure_basis, why_not_measurable
 
     if options.zo_method == "mezo":
         return None
-    if not measurable(model):
-        watcher.say(
-            f"{type(model).__name__} has no linear layers of torch: directions are drawn, not "
-            "measured, and learn more slowly"
-        )
+    if (reason := why_not_measurable(model)) is not None:
+        watcher.say(reason)
         return None
     count = min(MEASURED_BATCHES, material.steps)
     watcher.say(f"measuring the layers' input directions on {count} batches")
@@ -132,7 +129,7 @@ def _run(
         }
         create_run(store, options, material.train, measured)
     zo = _opened(options, material, model, watcher, store / LOG_NAME)
-    try:
+    with ClosedAfter(zo.close):
         if zo.next_step:
             watcher.say(f"going on after step {zo.next_step} of {material.steps}")
         losses, seconds = _train(options, material, model, zo, watcher)
@@ -154,8 +151,6 @@ def _run(
             step_losses=tuple(losses),
             report=final,
         )
-    finally:
-        zo.close()
     watcher.say(f"saving {options.out}")
     with kept_in(store):
         _save(options, material, model, result, store / LOG_NAME)
@@ -188,12 +183,13 @@ def _train(
     losses: list[float] = []
     seconds = 0.0
     steps = material.steps
+    runtime = runtime_of(model)
     model.eval()
     watcher.begin(steps)
     try:
         for step in range(zo.next_step, steps):
             started = time.perf_counter()
-            runtime_of(model).begin_step()
+            runtime.begin_step()
             batch = material.batch(material.train, material.order.rows(step), model.device)
             lr = options.learning_rate * options.lr_factor(step, steps)
 
@@ -203,7 +199,7 @@ def _train(
                 return member_losses(model, batch, copies, parts=zo.settings.estimator.parts)
 
             losses.append(zo.step_together(objective, batch=step, lr=lr).loss)
-            runtime_of(model).end_step()
+            runtime.end_step()
             taken = time.perf_counter() - started
             seconds += taken
             tokens = int(batch["attention_mask"].sum())

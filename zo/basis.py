@@ -187,6 +187,16 @@ def measurable(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def why_not_measurable(model: nn.Module) -> str | None:
+    """What to tell a user whose model has no input directions to measure; None if it has some."""
+    if measurable(model):
+        return None
+    return (
+        f"{type(model).__name__} has no linear layers of torch: directions are drawn, not "
+        "measured, and learn more slowly"
+    )
+
+
 def _all_linears(model: nn.Module, rank: int) -> Mapping[str, nn.Linear]:
     found = measurable(model)
     if not found:

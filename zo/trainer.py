@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from .basis import MEASURED_BATCHES, Basis, measurable, measure_basis
+from .basis import MEASURED_BATCHES, Basis, measure_basis, why_not_measurable
 from .objective import causal_lm_losses
 from .settings import ZOSettings, recommended
 from .step import ZOStep
@@ -86,12 +86,8 @@ class ZOTrainer(Trainer):
         return recommended(seed=self.args.seed, copies=copies, examples=examples, basis=basis)
 
     def _measured(self, model: nn.Module) -> Basis | None:
-        if not measurable(model):
-            warnings.warn(
-                f"{type(model).__name__} has no linear layers of torch: directions are drawn, not "
-                "measured, and learn more slowly",
-                stacklevel=4,
-            )
+        if (reason := why_not_measurable(model)) is not None:
+            warnings.warn(reason, stacklevel=4)
             return None
         was_training = model.training
         model.eval()

@@ -432,11 +432,7 @@ def test_as_a_module(tmp_path: Path) -> None:
 # A disk that is full at the end
 
 
-def nearly_full(free_bytes: int) -> Callable[[object], Any]:
-    def usage(_: object) -> Any:
-        return SimpleNamespace(total=1 << 40, used=0, free=free_bytes)
-
-    return usage
+DISK_IS_FULL = SafetensorError("I/O error: No space left on device (os error 28)")
 
 
 @pytest.mark.parametrize("method", ["full", "zo"])
@@ -446,7 +442,7 @@ def test_a_disk_without_room_for_the_result_is_refused_at_the_start(
     refusal: Refusal,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", nearly_full(1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     refusal.check(tune(method=method), f"{tune.out} needs ")
     assert not tune.out.exists() and not Path(f"{tune.out}.store").exists()
 
@@ -459,11 +455,8 @@ def test_a_disk_that_is_full_at_the_end_costs_no_step(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", full)
+        patch.setattr("safetensors.torch.save_file", raising(DISK_IS_FULL))
         code = tune(method=method)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     store = Path(f"{tune.out}.store")
@@ -478,10 +471,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_step(
 def test_a_disk_too_full_for_adapters_makes_one_line(
     tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    monkeypatch.setattr("peft.peft_model.safe_save_file", raising(DISK_IS_FULL))
     assert tune(method="lora") == 2
     assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not tune.out.exists() and not [name for name in below(tmp_path) if "partial" in name]

@@ -72,15 +72,15 @@ def test_directions_have_unit_variance_and_lie_in_the_subspace() -> None:
 
 def test_learns_and_replays_from_the_log_alone(tmp_path: Path) -> None:
     model = net()
-    zo = ZOStep(model, settings(), log=tmp_path / "log")
+    zo = ZOStep(model, settings(lr=2e-2), log=tmp_path / "log")
     before = loss(model, 99)
     for step in range(42):
         zo.step(lambda m, step=step: loss(m, step), batch=step)
     with zo.current():
-        assert loss(model, 99) < 0.85 * before
+        assert loss(model, 99) < before - 0.02
     zo.close()
     header, records = read_log(tmp_path / "log")
-    assert ZOSettings.from_json(header.settings["method"]) == settings()
+    assert ZOSettings.from_json(header.settings["method"]) == settings(lr=2e-2)
     base = {name: p.detach().clone() for name, p in net().named_parameters()}
     rebuilt = dict(replay(base.items(), header, records))
     for name, tensor in zo.export():
